@@ -1,0 +1,43 @@
+# Two commands: `make reproduce` and `make test`. Needs Python >= 3.11, git and make; everything else is installed into .venv.
+PYTHON ?= python3
+JOBS ?= 0
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+UV_VERSION := 0.9.0
+BIN := .venv/bin
+
+.PHONY: reproduce test quicktest smoke figures lint lock clean environment
+
+reproduce: environment  ## run every notebook headless in the quick profile
+	$(BIN)/ltseg run --profile quick --out out/quick --jobs $(JOBS)
+
+test: environment  ## the whole test suite, type checker and linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto
+
+quicktest: environment  ## tests that neither train nor execute notebooks
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+smoke: environment  ## every notebook, a few steps per run
+	$(BIN)/ltseg run --profile smoke --out out/smoke --jobs $(JOBS)
+
+figures: environment  ## regenerate figures/ from finished runs
+	$(BIN)/ltseg figures --out figures
+
+environment: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	@test -x "$(UV)" || command -v "$(UV)" >/dev/null || { $(PYTHON) -m venv .uv && .uv/bin/pip install --quiet "uv>=$(UV_VERSION)"; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ltseg needs Python >= 3.11; $(PYTHON) is older. Use: make PYTHON=python3.12 ..."; exit 2; }
+	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv
+	$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock:  ## refresh requirements.lock from pyproject.toml
+	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--extra dev --upgrade pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf out runs .venv .uv

@@ -1,0 +1,310 @@
+"""One typed, frozen, hashable description of a training run, and the named profiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+IGNORE_INDEX = 255
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what was wrong, where, and what to do."""
+
+
+def choose(kind: str, name: object, valid: Iterable[str]) -> str:
+    """Return `name` if it is one of `valid` (case-insensitive); else refuse it, naming the nearest one."""
+    options = {option.lower(): option for option in valid}
+    if isinstance(name, str) and name.lower() in options:
+        return options[name.lower()]
+    near = difflib.get_close_matches(str(name).lower(), options, n=1, cutoff=0.5)
+    hint = f"did you mean {options[near[0]]!r}?" if near else f"choose one of {', '.join(options.values())}"
+    raise UserError(f"unknown {kind} {name!r}: {hint}")
+
+
+def check_options(
+    kind: str, options: Mapping[str, Any], function: Callable[..., Any], hidden: tuple[str, ...] = ()
+) -> None:
+    """Refuse names in `options` that are no keyword-only parameter of `function`, naming the nearest one."""
+    parameters = inspect.signature(function).parameters.values()
+    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
+    for name in options:
+        if name not in valid:
+            choose(kind, name, valid)
+
+
+def data_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds the data sets: `root`, else $LTSEG_DATA, else ./data."""
+    return Path(root or os.environ.get("LTSEG_DATA") or "data").expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that decides the outcome of one training run; `key()` names its run directory.
+
+    Where a run happens (device, data root, output folder, tracker) is not part of it: it is passed to
+    `train.fit`. Raises UserError for an unknown field, a wrong type or a value out of range.
+    """
+
+    dataset: str = "scenes"
+    """`scenes`, `camvid`, `ccp`, or the path of a folder with images/ and labels/ in train/val/test."""
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the data set, e.g. the knobs of the embedded scenes."""
+    size: tuple[int, int] | None = None
+    """(height, width) in pixels to which images are resized; None keeps their own size."""
+
+    architecture: str = "DeepLabV3Plus"
+    """Any segmentation_models_pytorch architecture."""
+    encoder: str = "tu-mobilenetv3_small_050"
+    """Any of its encoders, `tu-<name>` for one of timm."""
+    encoder_weights: str | None = None
+    """None (random), the name or path of a local safetensors file, or a hub name such as `imagenet`."""
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the architecture, e.g. {"decoder_channels": 64}."""
+    freeze_batch_norm: bool = False
+    """Keep batch-norm statistics and affine parameters as they are (small batches, several CPU processes)."""
+
+    method: str = "ce"
+    """A key of `methods.METHODS`."""
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the method, e.g. {"sigma": 6.0}."""
+
+    steps: int = 400
+    """Optimiser steps, all stages together."""
+    batch_size: int = 8
+    """Images per step, all processes together."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate of decoder and heads."""
+    encoder_lr_factor: float = 1.0
+    """Learning rate of the encoder divided by `lr`."""
+    weight_decay: float = 1e-2
+    momentum: float = 0.9
+    """Momentum of SGD; not used by AdamW."""
+    schedule: Literal["poly", "constant"] = "poly"
+    poly_power: float = 0.9
+    warmup_steps: int = 0
+    """Steps of linear warm-up from lr / warmup_steps."""
+    clip_norm: float | None = None
+    """Largest gradient norm; None does not clip."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    """Random zoom of the augmentation; (1, 1) switches it off."""
+    crop: tuple[int, int] | None = None
+    """(height, width) in pixels of the training crop; None keeps the image size."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    colour: float = 0.25
+    """Largest relative change of brightness, contrast and saturation."""
+
+    ema_decay: float | None = None
+    """Decay of the exponential moving average of the weights; it is then what is evaluated and stored."""
+    labelled_images: int | None = None
+    """Use the labels of this many training images; the others form the unlabelled stream."""
+    unlabelled_weight: float = 1.0
+    """Weight of the loss on the EMA teacher's pseudo-labels."""
+    pseudo_threshold: float = 0.0
+    """Pseudo-labels below this confidence are ignored."""
+
+    eval_every: int | None = None
+    """Steps between two evaluations on the validation split; None evaluates at the end only."""
+    eval_images: int | None = None
+    """Evaluate on at most this many images of each split, evenly spaced; None takes all."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
+        for name in ("steps", "batch_size", "checkpoint_every", "lr"):
+            self._require(name, getattr(self, name) > 0, "> 0")
+        for name in ("weight_decay", "warmup_steps", "encoder_lr_factor", "colour", "unlabelled_weight"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        for name in ("flip", "pseudo_threshold", "momentum"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._require("seed", 0 <= self.seed < 2**31, "in [0, 2^31)")
+        self._require("scale_range", 0 < self.scale_range[0] <= self.scale_range[1], "(low, high), 0 < low <= high")
+        for name in ("size", "crop"):
+            self._require(name, getattr(self, name) is None or min(getattr(self, name)) > 0, "(height, width) > 0")
+        for name in ("labelled_images", "eval_every", "eval_images", "clip_norm"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "> 0 or null")
+        self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1) or null")
+        if self.labelled_images is not None and self.ema_decay is None:
+            raise UserError("labelled_images needs ema_decay: the EMA teacher labels the unlabelled images")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that are equal for equal experiments, on every machine."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True, indent=1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
+        if not isinstance(values, Mapping):
+            raise UserError(f"an experiment is a mapping of field to value, got {type(values).__name__}")
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                choose("experiment field", name, names)
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Experiment:
+        """Read a YAML or JSON file (JSON is YAML)."""
+        import yaml  # not needed to build experiments, and 30 ms at start-up
+
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text()))
+        except FileNotFoundError:
+            raise UserError(f"no experiment file at {path}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named setting of the whole collection: what it is for, the seeds, and the experiments' common fields."""
+
+    name: str
+    purpose: str
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+    def experiment(self, **changes: Any) -> Experiment:
+        """The profile's experiment with some fields changed, e.g. `method="blv", seed=1`."""
+        return Experiment.from_dict({**self.settings, **changes})
+
+
+_SMALL = {
+    "dataset": "scenes",
+    "architecture": "DeepLabV3Plus",
+    "encoder": "tu-mobilenetv3_small_050",
+    "model_options": {"decoder_channels": 64},
+    "scale_range": (0.75, 1.5),
+    "lr": 3e-3,
+    "warmup_steps": 20,
+}
+_PRETRAINED = {
+    "architecture": "DeepLabV3Plus",
+    "encoder": "mobilenet_v2",
+    "encoder_weights": "mobilenet_v2_imagenet",
+    "lr": 1e-3,
+    "encoder_lr_factor": 0.3,
+    "weight_decay": 1e-2,
+    "warmup_steps": 50,
+}
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile(
+            "smoke",
+            "embedded scenes, a few steps per run: does every notebook execute?",
+            (0, 1),
+            _SMALL | {"data_options": {"images": 48}, "steps": 6, "eval_images": 24, "warmup_steps": 0},
+        ),
+        Profile(
+            "quick",
+            "embedded scenes, nothing to download: every effect on a laptop's CPU",
+            (0, 1, 2),
+            _SMALL | {"steps": 300},
+        ),
+        Profile(
+            "camvid_cpu",
+            "CamVid at 180x240, a pretrained encoder, minutes per run on a CPU",
+            (0, 1, 2),
+            _PRETRAINED | {"dataset": "camvid", "size": (180, 240), "steps": 500},
+        ),
+        Profile(
+            "camvid",
+            "CamVid at full size: the real study, one GPU",
+            (0, 1, 2, 3, 4),
+            _PRETRAINED | {"dataset": "camvid", "steps": 3000, "batch_size": 16, "precision": "bf16", "eval_every": 500},
+        ),
+        Profile(
+            "ccp_cpu",
+            "Clothing Co-Parsing at 208x136, a pretrained encoder, minutes per run on a CPU",
+            (0, 1, 2),
+            _PRETRAINED | {"dataset": "ccp", "size": (208, 136), "steps": 500},
+        ),
+        Profile(
+            "ccp",
+            "Clothing Co-Parsing at full size, one GPU",
+            (0, 1, 2, 3, 4),
+            _PRETRAINED | {"dataset": "ccp", "steps": 6000, "batch_size": 16, "precision": "bf16", "eval_every": 1000},
+        ),
+    )
+}
+
+
+def profile(name: str) -> Profile:
+    """A profile by name. Raises UserError with the nearest name for an unknown one."""
+    return PROFILES[choose("profile", name, PROFILES)]
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type (a list becomes a tuple, an int a float), or a UserError."""
+    for option in _options(hint):
+        if option is type(None):
+            if value is None:
+                return None
+        elif get_origin(option) is Literal:
+            if value in get_args(option):
+                return value
+        elif get_origin(option) is tuple:
+            kinds = get_args(option)
+            if isinstance(value, (list, tuple)) and len(value) == len(kinds):
+                return tuple(_typed(name, v, kind) for v, kind in zip(value, kinds, strict=True))
+        elif option is float:
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+                return float(value)
+        elif isinstance(option, type) and option in (int, str, bool):
+            if isinstance(value, option) and not (option is int and isinstance(value, bool)):
+                return value
+        elif isinstance(value, Mapping):
+            return dict(value)
+    expected = " or ".join(_type_name(option) for option in _options(hint))
+    raise UserError(f"{name} must be {expected}, got {value!r}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if type(None) in get_args(hint) else (hint,)
+
+
+def _type_name(option: Any) -> str:
+    if option is type(None):
+        return "null"
+    if get_origin(option) is Literal:
+        return " or ".join(map(repr, get_args(option)))
+    if get_origin(option) is tuple:
+        return "[" + ", ".join(map(_type_name, get_args(option))) + "]"
+    return "a mapping" if get_origin(option) else option.__name__
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,198 @@
+"""Data sets that live in folders: {split}/images/<stem>.jpg|png and {split}/labels/<stem>.png."""
+
+from __future__ import annotations
+
+import colorsys
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ltseg_core.config import IGNORE_INDEX, UserError, choose
+from ltseg_core.data.base import SegmentationDataset
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a public data set's folder does not say about itself.
+
+    ignored: label value that means "not labelled" in the files;  prepare: the command that fetches the data
+    """
+
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    ignored: int = IGNORE_INDEX
+    prepare: str = ""
+
+
+CAMVID = Spec(
+    classes=tuple("Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()),
+    palette=(
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0),
+        (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    ),
+    ignored=11,
+    prepare="python -m data_prep camvid",
+)  # fmt: skip
+
+CCP_CLASSES = (
+    "null accessories bag belt blazer blouse bodysuit boots bra bracelet cape cardigan clogs coat dress earrings "
+    "flats glasses gloves hair hat heels hoodie intimate jacket jeans jumper leggings loafers necklace panties "
+    "pants pumps purse ring romper sandals scarf shirt shoes shorts skin skirt sneakers socks stockings suit "
+    "sunglasses sweater sweatshirt swimwear t-shirt tie tights top vest wallet watch wedges"
+)
+
+
+def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """`count` colours by golden-angle hues and alternating lightness; the first is black (background)."""
+    hues = [(0.618034 * i) % 1 for i in range(count)]
+    colours = [colorsys.hls_to_rgb(h, (0.35, 0.5, 0.68)[i % 3], 0.75) for i, h in enumerate(hues)]
+    return ((0, 0, 0), *[(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours[1:]])
+
+
+CCP = Spec(tuple(CCP_CLASSES.split()), distinct_colours(59), prepare="python -m data_prep ccp")
+SPECS = {"camvid": CAMVID, "ccp": CCP}
+
+
+class FolderDataset(SegmentationDataset):
+    """One split of a folder `<root>/<split>/{images,labels}`.
+
+    Image and label share their stem. A label map is a one-channel PNG (grey or palette) whose values are class
+    indices; `spec.ignored` becomes 255. Without a spec the classes are read from `<root>/classes.csv`
+    (columns class_index, class_name, optionally red, green, blue) or, failing that, numbered up to the
+    largest value found in the label maps of all splits.
+
+    images: how many images to keep, spread evenly over the sorted stems (None keeps all)
+
+    Raises UserError when a folder, an image or a label is missing, the split is empty, a file cannot be
+    decoded, image and label differ in size, a label has several channels, or a value is no class.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        *,
+        name: str,
+        spec: Spec | None = None,
+        images: int | None = None,
+    ) -> None:
+        self.name, self.split, self.folder = name, split, root / split
+        if not root.is_dir():
+            hint = f"fetch it with `{spec.prepare} --root {root.parent}`" if spec else "check the path"
+            raise UserError(
+                f"no data set {name!r} at {root}: {hint}, or point --data-root or LTSEG_DATA to the folder that holds it"
+            )
+        splits = sorted(p.name for p in root.iterdir() if (p / "images").is_dir())
+        if not splits:
+            raise UserError(f"{root} holds no split: expected <split>/images and <split>/labels, e.g. train/images")
+        choose(f"split of {name}", split, splits)
+        self.names, self._suffix = self._pairs()
+        if images is not None:
+            if not 0 < images <= len(self.names):
+                raise UserError(f"images must be in [1, {len(self.names)}] for {self.folder}, got {images}")
+            keep = np.linspace(0, len(self.names) - 1, images).round().astype(int)
+            self.names = [self.names[i] for i in keep]
+        spec = spec or _read_spec(root)
+        self.classes, self.palette = spec.classes, np.array(spec.palette, dtype=np.uint8)
+        self._remap = np.full(256, _INVALID, dtype=np.uint8)
+        self._remap[: len(spec.classes)] = np.arange(len(spec.classes))
+        self._remap[[spec.ignored, IGNORE_INDEX]] = IGNORE_INDEX
+
+    def _pairs(self) -> tuple[list[str], dict[str, str]]:
+        images = {p.stem: p.suffix for p in (self.folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
+        if not (self.folder / "labels").is_dir():
+            raise UserError(f"{self.folder} has images/ but no labels/ folder")
+        labels = {p.stem for p in (self.folder / "labels").iterdir() if p.suffix.lower() == ".png"}
+        if not images and not labels:
+            raise UserError(f"split {self.split!r} is empty: no images in {self.folder / 'images'}")
+        for what, missing, where in (
+            ("label", sorted(set(images) - labels), "labels"),
+            ("image", sorted(labels - set(images)), "images"),
+        ):
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise UserError(f"no {what} for {missing[0]!r}{more} in {self.folder / where}: add or remove it")
+        return sorted(images), images
+
+    def image(self, index: int) -> np.ndarray:
+        """RGB image, (H, W, 3) uint8."""
+        name = self.names[index]
+        return _decode(self.folder / "images" / (name + self._suffix[name]), "RGB")
+
+    def label(self, index: int) -> np.ndarray:
+        path = self.folder / "labels" / f"{self.names[index]}.png"
+        label = self._remap[_decode(path, None)]
+        if (label == _INVALID).any():
+            value = np.setdiff1d(_decode(path, None), np.flatnonzero(self._remap != _INVALID))[0]
+            raise UserError(
+                f"{path} has the value {value}, which is no class of {self.name} (0..{len(self.classes) - 1}, ignore 255):"
+                " correct the label or list the class in classes.csv"
+            )
+        return label
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, label = self.image(index), self.label(index)
+        if image.shape[:2] != label.shape:
+            raise UserError(
+                f"image and label {self.names[index]!r} in {self.folder} differ in size (height x width): "
+                f"{image.shape[0]}x{image.shape[1]} and {label.shape[0]}x{label.shape[1]}"
+            )
+        return image, label
+
+
+_INVALID = 254  # marks values that are no class; so at most 254 classes
+
+
+def _decode(path: Path, mode: str | None) -> np.ndarray:
+    try:
+        with Image.open(path) as picture:
+            if mode is None and len(picture.getbands()) > 1:
+                raise UserError(
+                    f"{path} has {len(picture.getbands())} channels ({picture.mode}): a label map has one channel of class"
+                    " indices; convert colours to indices first"
+                )
+            if mode is None and picture.mode not in ("L", "P", "1"):
+                picture = picture.convert("I") if picture.mode.startswith("I") else picture
+                values = np.asarray(picture)
+                if values.min() < 0 or values.max() > 255:
+                    raise UserError(f"{path} has values up to {values.max()}: class indices must be below 255")
+                return values.astype(np.uint8)
+            return np.array(picture.convert(mode) if mode else picture, dtype=np.uint8)
+    except FileNotFoundError:
+        raise UserError(f"{path} has disappeared") from None
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for broken PNG chunks
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} cannot be decoded ({error}): the file is truncated or corrupt; fetch it again"
+        ) from None
+
+
+def _read_spec(root: Path) -> Spec:
+    path = root / "classes.csv"
+    if not path.exists():
+        largest = max(_largest_class(path) for path in root.glob("*/labels/*.png"))
+        return Spec(tuple(f"class {i}" for i in range(largest + 1)), distinct_colours(largest + 1))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        rows.sort(key=lambda row: int(row["class_index"]))
+        if [int(row["class_index"]) for row in rows] != list(range(len(rows))) or not 2 <= len(rows) <= _INVALID:
+            raise ValueError(f"class_index must count 0, 1, 2, ... up to at most {_INVALID - 1}")
+        palette: Sequence[tuple[int, int, int]] = distinct_colours(len(rows))
+        if "red" in rows[0]:
+            palette = [(int(row["red"]), int(row["green"]), int(row["blue"])) for row in rows]
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): expected columns class_index, class_name") from None
+    return Spec(tuple(row["class_name"] for row in rows), tuple(palette))
+
+
+def _largest_class(path: Path) -> int:
+    values = _decode(path, None)
+    return int(values[values != IGNORE_INDEX].max(initial=0))

@@ -1,0 +1,369 @@
+"""Integer confusion counts per image, the scores computed from them, and their intervals.
+
+Everywhere rows are the target class and columns the prediction, scores are fractions in float64, and a class
+that gives 0/0 (absent from target and prediction; for Acc and precision already from one of them) is NaN, left
+out of every mean. `class_mean` tells how many classes a mean is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltseg_core.config import IGNORE_INDEX
+from ltseg_core.stats import GROUPS, percentile_interval
+
+Array = Any  # np.ndarray or Tensor; every function below returns the kind it was given
+
+
+class Marginals(NamedTuple):
+    """True positives, false positives and false negatives of each class, each (..., C) float64."""
+
+    tp: Array
+    fp: Array
+    fn: Array
+
+
+class ClassMean(NamedTuple):
+    """A mean over classes and the number of classes it is over (NaN and 0 if there are none)."""
+
+    value: float
+    classes: int
+
+
+def marginals(counts: Array | Marginals) -> Marginals:
+    """TP, FP, FN from confusion counts (..., C, C), which may be rates; marginals pass unchanged."""
+    if isinstance(counts, Marginals):
+        return counts
+    counts = counts.double() if isinstance(counts, Tensor) else np.asarray(counts, dtype=np.float64)
+    if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
+        raise ValueError(f"confusion counts must have shape (..., C, C), got {tuple(counts.shape)}")
+    # diagonal of the last two axes, which numpy and torch name differently
+    tp = counts.diagonal(0, -2, -1)
+    return Marginals(tp, counts.sum(-2) - tp, counts.sum(-1) - tp)
+
+
+def iou(counts: Array | Marginals) -> Array:
+    """TP / (TP + FP + FN), (..., C)."""
+    m = marginals(counts)
+    return _ratio(m.tp, m.tp + m.fp + m.fn)
+
+
+def acc(counts: Array | Marginals) -> Array:
+    """Class accuracy (recall) TP / (TP + FN), (..., C); NaN where the class does not occur in the target."""
+    m = marginals(counts)
+    return _ratio(m.tp, m.tp + m.fn)
+
+
+def precision(counts: Array | Marginals) -> Array:
+    """TP / (TP + FP), (..., C); NaN where the class is never predicted."""
+    m = marginals(counts)
+    return _ratio(m.tp, m.tp + m.fp)
+
+
+def dice(counts: Array | Marginals) -> Array:
+    """2 TP / (2 TP + FP + FN), (..., C)."""
+    m = marginals(counts)
+    return _ratio(2 * m.tp, 2 * m.tp + m.fp + m.fn)
+
+
+def miou(counts: Array | Marginals) -> Array:
+    """Mean IoU over the classes that occur in target or prediction, (...)."""
+    return _nanmean(iou(counts))
+
+
+def macc(counts: Array | Marginals) -> Array:
+    """Mean class accuracy over the classes that occur in the target, (...)."""
+    return _nanmean(acc(counts))
+
+
+def pixel_acc(counts: Array | Marginals) -> Array:
+    """Share of the labelled pixels that are predicted right, (...)."""
+    m = marginals(counts)
+    return _ratio(m.tp.sum(-1), (m.tp + m.fn).sum(-1))
+
+
+def weighted_iou(counts: Array | Marginals) -> Array:
+    """IoU weighted by the class's share of the target pixels (frequency-weighted IoU), (...)."""
+    m = marginals(counts)
+    pixels, scores = m.tp + m.fn, iou(m)
+    return _ratio((pixels * _zero_nan(scores)).sum(-1), pixels.sum(-1))
+
+
+def dice_error(counts: Array | Marginals) -> Array:
+    """1 - mean over classes of 2 TP / (2 TP + FP + FN), (...): PAT's error, with hard predictions.
+
+    PAT does not define its error. Differs: counted over the whole set with no epsilon, absent classes left out.
+    """
+    return 1 - _nanmean(dice(counts))
+
+
+METRICS: dict[str, Callable[[Array | Marginals], Array]] = {
+    "iou": iou,
+    "acc": acc,
+    "precision": precision,
+    "dice": dice,
+    "miou": miou,
+    "macc": macc,
+    "pixel_acc": pixel_acc,
+    "weighted_iou": weighted_iou,
+    "dice_error": dice_error,
+}
+
+
+def uniform_test(counts: Array) -> Array:
+    """Confusion rates (..., C, C) of a test set with equally many pixels of each class: row k divided by n_k.
+
+    The exact form of MEDOE's uniform test distribution, without sampling. A class absent from the target keeps
+    a row of zeros. Every score here accepts the result.
+    """
+    marginals(counts)  # refuses another shape
+    counts = counts.double() if isinstance(counts, Tensor) else np.asarray(counts, dtype=np.float64)
+    return _zero_nan(_ratio(counts, counts.sum(-1)[..., None]))
+
+
+def class_mean(per_class: Array) -> ClassMean:
+    """Mean of (C,) scores without the NaN, and the number of classes averaged."""
+    return ClassMean(float(_nanmean(per_class)), int((per_class == per_class).sum()))
+
+
+def group_means(per_class: Array, groups: Sequence[str]) -> dict[str, ClassMean]:
+    """Mean score of the head, body and tail classes; an empty group gives NaN over 0 classes, never 0.
+
+    per_class: (C,) scores;  groups: C names, see `stats.groups`. Raises ValueError for another length or name.
+    """
+    if tuple(per_class.shape) != (len(groups),):
+        raise ValueError(f"expected scores of shape ({len(groups)},), one per group name, got {tuple(per_class.shape)}")
+    if unknown := set(groups) - set(GROUPS):
+        raise ValueError(f"groups must be among {GROUPS}, got {sorted(unknown)[0]!r}")
+    names = np.asarray(groups)
+    return {group: class_mean(per_class[np.flatnonzero(names == group)]) for group in GROUPS}
+
+
+class ConfusionCounts:
+    """Confusion counts of each image, collected on the device of the predictions.
+
+        counts = ConfusionCounts(num_classes)
+        for image, target in batches:
+            counts.update(model(image).argmax(1), target)
+        counts.miou()
+
+    One `bincount` per batch, and nothing else that waits for the device: values out of range are noticed when a
+    result is read, which then raises ValueError naming the value. Memory is 4 C^2 bytes per image.
+    ignore_index must be in [C, 255], so that target maps fit in uint8.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
+        if not 1 <= num_classes <= 255:
+            raise ValueError(f"num_classes must be in [1, 255], got {num_classes}")
+        if not num_classes <= ignore_index <= 255:
+            raise ValueError(f"ignore_index must be in [num_classes, 255] = [{num_classes}, 255], got {ignore_index}")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self._counts: list[Tensor] = []
+        self._ranges: list[Tensor] = []
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Add a batch. pred, target: (B, H, W) integers in [0, C), in target also ignore_index.
+
+        Raises ValueError for another or an empty shape and TypeError for tensors that are not integer.
+        """
+        if pred.ndim != 3 or pred.shape != target.shape or not pred.numel():
+            raise ValueError(
+                f"pred and target must share one shape (B, H, W), got {tuple(pred.shape)} and {tuple(target.shape)}"
+            )
+        pred, target = _integers("pred", pred), _integers("target", target)
+        # In uint8 the sum wraps: ignored pixels get row 0, class k row first + k, anything above is no class.
+        first = 256 - self.ignore_index
+        row, column = target.to(torch.uint8) + first, pred.to(torch.uint8)
+        extremes = (*pred.aminmax(), *target.aminmax(), row.amax())
+        self._ranges.append(torch.stack([value.long() for value in extremes]))
+
+        rows, columns = first + self.num_classes, self.num_classes
+        image = torch.arange(len(pred), dtype=torch.int32, device=pred.device)[:, None, None]
+        cell = (image * rows + row.clamp(max=rows - 1)) * columns + column.clamp(max=columns - 1)  # (B, H, W)
+        counts = torch.bincount(cell.flatten(), minlength=len(pred) * rows * columns)
+        self._counts.append(counts.view(-1, rows, columns)[:, first:].int())
+
+    @property
+    def counts(self) -> Tensor:
+        """(N, C, C) int32 on the device of the predictions; rows are the target class, columns the prediction.
+
+        Raises ValueError if a batch held a prediction or a target that is no class.
+        """
+        if not self._counts:
+            return torch.zeros(0, self.num_classes, self.num_classes, dtype=torch.int32)
+        if self._ranges:
+            self._check_ranges(torch.stack(self._ranges).cpu())
+            self._counts, self._ranges = [torch.cat(self._counts)], []
+        return self._counts[0]
+
+    def _check_ranges(self, ranges: Tensor) -> None:
+        last, row_of_class_0 = self.num_classes - 1, 256 - self.ignore_index
+        low, high = ranges.amin(0).tolist(), ranges.amax(0).tolist()
+        for name, value, valid in (
+            ("pred", low[0], low[0] >= 0),
+            ("pred", high[1], high[1] <= last),
+            ("target", low[2], low[2] >= 0),
+            ("target", high[3], high[3] <= self.ignore_index),
+            ("target", high[4] - row_of_class_0, high[4] - row_of_class_0 <= last),
+        ):
+            if not valid:
+                or_ignored = f" or {self.ignore_index} (ignored)" if name == "target" else ""
+                raise ValueError(f"{name} must be a class in [0, {last}]{or_ignored}, got {value}")
+
+    def total(self) -> Tensor:
+        """Confusion counts of all images together, (C, C) int64 on the CPU."""
+        return self.counts.sum(0, dtype=torch.int64).cpu()
+
+    def iou(self) -> Tensor:
+        """IoU of each class over all images, (C,) float64."""
+        return iou(self.total())
+
+    def acc(self) -> Tensor:
+        return acc(self.total())
+
+    def precision(self) -> Tensor:
+        return precision(self.total())
+
+    def dice(self) -> Tensor:
+        return dice(self.total())
+
+    def miou(self) -> float:
+        return float(miou(self.total()))
+
+    def macc(self) -> float:
+        return float(macc(self.total()))
+
+    def pixel_acc(self) -> float:
+        return float(pixel_acc(self.total()))
+
+    def dice_error(self) -> float:
+        return float(dice_error(self.total()))
+
+
+def image_interval(
+    counts: Array | Marginals,
+    metric: Callable[[Array | Marginals], Array] = miou,
+    *,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[Any, Any, Any]:
+    """Score of one run with its bootstrap percentile interval over images: (value, low, high).
+
+    counts: (N, C, C) per image;  metric: a function of this module. Floats, or (C,) arrays for a per-class
+    metric. Resamples in which the score is NaN are left out; NaN limits for fewer than two images.
+    """
+    m = _stacked(counts, ndim=2, shape="(N, C, C)")
+    value = metric(Marginals(*m.sum(1)))
+    drawn = _weights(np.random.default_rng(seed), replicates, m.shape[1])
+    samples = metric(Marginals(*np.matmul(drawn, m)))
+    return _with_limits(value, samples, confidence, resampled=m.shape[1] > 1)
+
+
+def paired_interval(
+    a: Array | Marginals,
+    b: Array | Marginals,
+    metric: Callable[[Array | Marginals], Array] = miou,
+    *,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[Any, Any, Any]:
+    """Difference a - b of two methods with its paired bootstrap interval: (difference, low, high).
+
+    a, b: (S, N, C, C) counts per training seed and test image, in the same order of seeds and images, or their
+    marginals. A method's score is the mean over seeds of the metric over all images (seeds where it is NaN left
+    out). Each replicate resamples images and seeds, both alike for the two methods; with one seed the interval
+    covers the images only. Floats, or (C,) arrays for a per-class metric. Resamples with a NaN are left out;
+    NaN limits where neither images nor seeds can be resampled.
+    Raises ValueError for different or other shapes.
+    """
+    both = [_stacked(x, ndim=3, shape="(S, N, C, C)") for x in (a, b)]
+    if both[0].shape != both[1].shape:
+        (s, n, c), (s2, n2, c2) = (x.shape[1:] for x in both)
+        raise ValueError(
+            "a and b must come from the same seeds, images and classes, got "
+            f"{s} x {n} x {c} and {s2} x {n2} x {c2} (seeds x images x classes)"
+        )
+    seeds, images = both[0].shape[1:3]
+    rng = np.random.default_rng(seed)
+    drawn_images, drawn_seeds = _weights(rng, replicates, images), _weights(rng, replicates, seeds)
+
+    def score(m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value = _nanmean(np.moveaxis(metric(Marginals(*m.sum(2))), 0, -1))
+        scores = np.moveaxis(metric(Marginals(*np.matmul(drawn_images, m))), 0, -1)  # (R, [C,] S)
+        weights = drawn_seeds.reshape(replicates, *[1] * (scores.ndim - 2), seeds)
+        present = ~np.isnan(scores)
+        return value, _ratio((weights * np.nan_to_num(scores)).sum(-1), (weights * present).sum(-1))
+
+    (value_a, samples_a), (value_b, samples_b) = map(score, both)
+    return _with_limits(value_a - value_b, samples_a - samples_b, confidence, resampled=max(seeds, images) > 1)
+
+
+def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) -> tuple[Any, Any, Any]:
+    """Mean over training seeds with its Student-t interval: (mean, low, high).
+
+    values: (S,) or (S, C), e.g. paired differences, one per seed. Fewer than two seeds have no interval:
+    (value, NaN, NaN). Raises ValueError if there is none.
+    """
+    from scipy.stats import t
+
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim == 0 or not len(x):
+        raise ValueError(f"expected at least one value per seed, got shape {x.shape}")
+    n, mean = len(x), x.mean(0)
+    half = t.ppf((1 + confidence) / 2, n - 1) * x.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full(x.shape[1:], np.nan)
+    return _plain(mean), _plain(mean - half), _plain(mean + half)
+
+
+def _stacked(counts: Array | Marginals, *, ndim: int, shape: str) -> np.ndarray:
+    """TP, FP, FN as one float64 array (3, ..., C): C instead of C^2 numbers per image."""
+    m = np.stack([v.cpu().numpy() if isinstance(v, Tensor) else v for v in marginals(counts)])
+    if m.ndim != ndim + 1 or 0 in m.shape:
+        raise ValueError(f"expected counts of shape {shape}, none of them 0, got marginals of shape {m.shape[1:]}")
+    return m
+
+
+def _weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
+    """How often each of n items is drawn in n draws with replacement, (R, n) float64."""
+    if replicates < 1:
+        raise ValueError(f"replicates must be >= 1, got {replicates}")
+    cells = rng.integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
+    return np.bincount(cells.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
+
+
+def _with_limits(value: np.ndarray, samples: np.ndarray, confidence: float, *, resampled: bool) -> tuple[Any, Any, Any]:
+    low, high = percentile_interval(samples if resampled else np.full_like(samples, np.nan), confidence)
+    return _plain(value), _plain(low), _plain(high)
+
+
+def _plain(x: np.ndarray) -> Any:
+    return float(x) if np.ndim(x) == 0 else x
+
+
+def _integers(name: str, x: Tensor) -> Tensor:
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+    # torch has few kernels for the wider unsigned types
+    return x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return numerator / denominator
+
+
+def _nanmean(values: Array) -> Array:
+    """Mean over the last axis without NaN; NaN if nothing is left."""
+    present = values == values
+    return _ratio(_zero_nan(values).sum(-1), present.sum(-1))
+
+
+def _zero_nan(values: Array) -> Array:
+    return values.nan_to_num(nan=0.0) if isinstance(values, Tensor) else np.nan_to_num(values, nan=0.0)

@@ -1,0 +1,161 @@
+"""One notebook as a file: what it asks, its parameters and source hash, its HTML page, its committed copy."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltseg_core.config import UserError
+
+ADDED_BY_PAPERMILL = {"injected-parameters", "papermill-error-cell-tag"}
+
+
+@dataclass(frozen=True)
+class Notebook:
+    name: str
+    path: Path
+    question: str
+    """The first heading."""
+    needs: tuple[str, ...]
+    """Names of the notebooks that run before it: `{"ltseg": {"needs": [...]}}` in the notebook's metadata."""
+    parameters: Mapping[str, Any] | None
+    """Default values by name; None if no cell has the tag `parameters`."""
+
+
+def read(path: Path) -> Notebook:
+    """Raises UserError if `path` is not a notebook or one of its parameters is no plain literal."""
+    nb = _load(path)
+    text = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
+    heading = re.search(r"^#+\s+(.+?)\s*$", text, re.MULTILINE)
+    tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    return Notebook(
+        name=path.stem,
+        path=path.resolve(),
+        question=heading[1] if heading else path.stem,
+        needs=tuple(nb["metadata"].get("ltseg", {}).get("needs", ())),
+        parameters=_literals(path, "".join(tagged[0]["source"])) if tagged else None,
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    # Plain JSON: importing nbformat costs half a second, and most calls only ask what is up to date.
+    try:
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        if nb["nbformat"] != 4 or not isinstance(nb["cells"], list):
+            raise KeyError
+        return nb
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a notebook of format 4: open and save it in JupyterLab") from None
+
+
+def _literals(path: Path, source: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    try:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                values[node.targets[0].id] = ast.literal_eval(node.value)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+                values[node.target.id] = ast.literal_eval(node.value)
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: the parameters cell must hold plain literals only ({error})") from None
+    return values
+
+
+def source_hash(notebook: str | os.PathLike[str] | Mapping[str, Any]) -> str:
+    """SHA-256 of type, source and tags of all cells but those that papermill adds."""
+    nb = notebook if isinstance(notebook, Mapping) else _load(Path(notebook))
+    cells = [(c["cell_type"], "".join(c["source"]), sorted(c["metadata"].get("tags", []))) for c in nb["cells"]]
+    own = [cell for cell in cells if not ADDED_BY_PAPERMILL.intersection(cell[2])]
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+
+
+def to_html(nb: Any, path: Path) -> str:
+    """The notebook as one self-contained page. Only formulas need the network (MathJax); without it they
+    show as TeX."""
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    page = """{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_js_mathjax %}{% if resources.formulas %}{{ super() }}{% endif %}{% endblock %}"""
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"page.html.j2": page})], template_file="page.html.j2")
+    exporter.embed_images = True
+    markdown = "".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    formulas = bool(re.search(r"\$[^$]+\$|\\[(\[]", markdown))
+    about = {"metadata": {"name": path.stem, "path": str(path.parent)}, "formulas": formulas}
+    return exporter.from_notebook_node(nb, resources=about)[0]
+
+
+def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Write the executed notebook to `target` (the copy in the repository) as a reader should get it.
+
+    Removes what papermill added and everything that differs between two machines, counts the cells anew and
+    stores the hash of the source. Raises UserError if the notebook failed, was run with parameters that are
+    not its defaults, was edited since, or prints a path of this machine.
+    """
+    import nbformat
+
+    nb = nbformat.read(executed, as_version=4)
+    run_with, defaults = nb.metadata.get("papermill", {}).get("parameters", {}), read(Path(executed)).parameters
+    changed = {name: value for name, value in run_with.items() if value != _jsonable((defaults or {}).get(name))}
+    if changed:
+        raise UserError(f"{executed} ran with {changed}: publish a run with the default parameters")
+    if Path(target).exists() and source_hash(target) != source_hash(nb):
+        raise UserError(f"{target} was edited since {executed} was run: run it again")
+    nb.cells = [c for c in nb.cells if not ADDED_BY_PAPERMILL.intersection(c.metadata.get("tags", []))]
+    machine = [str(p) for p in (Path.cwd(), Path.home(), tempfile.gettempdir(), sys.prefix) if len(str(p)) > 1]
+    for count, cell in enumerate((c for c in nb.cells if c.cell_type == "code" and c.source.strip()), start=1):
+        if cell.execution_count is None or any(o.output_type == "error" for o in cell.outputs):
+            raise UserError(f"{executed}: code cell {count} failed or was not run")
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+            texts = [v for mime, v in output.get("data", {}).items() if mime.startswith(("text/", "image/svg"))]
+            for path in machine:
+                if any(path in text for text in [output.get("text", ""), *texts]):
+                    raise UserError(f"{executed}: code cell {count} prints {path}, a path of this machine")
+    for cell in nb.cells:
+        for key in ("papermill", "execution", *([] if cell.metadata.get("tags") else ["tags"])):
+            cell.metadata.pop(key, None)
+    for key in ("papermill", "widgets"):
+        nb.metadata.pop(key, None)
+    nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nb.metadata.language_info = {"name": "python"}
+    nb.metadata.ltseg = {**nb.metadata.get("ltseg", {}), "source_sha256": source_hash(nb)}
+    write(Path(target), nbformat.writes(nb) + "\n")
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def check_published(notebook: str | os.PathLike[str]) -> str | None:
+    """What is wrong with a committed notebook, in one sentence; None if it is as `publish` left it."""
+    nb = _load(Path(notebook))
+    stored = nb["metadata"].get("ltseg", {}).get("source_sha256")
+    code = [c for c in nb["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+    if stored is None or any(c.get("execution_count") is None for c in code):
+        return f"{notebook} was never run and published, or its outputs were stripped"
+    return None if stored == source_hash(nb) else f"{notebook} was edited since it was run"
+
+
+def write(path: Path, text: str) -> None:
+    """Write so that, whatever interrupts it, `path` holds the old or the new text."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

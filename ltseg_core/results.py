@@ -1,0 +1,180 @@
+"""Run directories: written once, whole, under the key of their experiment; read back as tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+from ltseg_core import metrics, stats
+from ltseg_core.config import Experiment, UserError
+from ltseg_core.methods import build_method
+from ltseg_core.models import build_model
+
+FORMAT = 1  # of the run directory; raised when a reader of older runs would be wrong
+
+
+def runs_folder(runs: str | os.PathLike[str] | None = None) -> Path:
+    """Where runs live: `runs`, else $LTSEG_RUNS, else ./runs."""
+    return Path(runs or os.environ.get("LTSEG_RUNS") or "runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: `path` holds the files, `experiment` says what was run."""
+
+    path: Path
+    experiment: Experiment
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Tidy: split, class_id (-1 for means), class, group, metric, value."""
+        return pd.read_parquet(self.path / "metrics.parquet")
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """One row per step and quantity: step, metric (`loss`, `lr`, `val miou`, ...), value."""
+        return pd.read_parquet(self.path / "history.parquet")
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, seconds."""
+        return json.loads((self.path / "environment.json").read_text())
+
+    def counts(self) -> stats.ClassCounts:
+        """Class counts of the labelled training images."""
+        table = pd.read_parquet(self.path / "classes.parquet")
+        return stats.ClassCounts(
+            torch.tensor(table["train_pixels"].to_numpy()), torch.tensor(table["train_images"].to_numpy())
+        )
+
+    def confusion(self, split: str) -> np.ndarray:
+        """Confusion counts per image, (N, C, C) int32, rows: label, columns: prediction."""
+        with np.load(self.path / "confusion.npz", allow_pickle=False) as file:
+            if split not in file:
+                raise UserError(f"{self.path} has no confusion counts of split {split!r}, only {', '.join(file)}")
+            return file[split]
+
+    def network(self, data_root: str | os.PathLike[str] | None = None) -> torch.nn.Module:
+        """The trained network in evaluation mode, on the CPU."""
+        e = self.experiment
+        network = build_model(e.architecture, e.encoder, len(self.counts().pixels), **e.model_options)
+        network = build_method(e.method, network, self.counts(), e.hyper)[-1].network
+        network.load_state_dict(load_file(self.path / "model.safetensors"))
+        return network.eval()
+
+    def value(self, metric: str, split: str = "test", group: str = "all") -> float:
+        """A mean over the classes of a group, e.g. `miou`; NaN for a group without classes."""
+        table = self.metrics
+        chosen = table[(table["split"] == split) & (table["group"] == group) & (table["metric"] == metric)]
+        chosen = chosen[chosen["class_id"] == -1]
+        if len(chosen) != 1:
+            raise KeyError(f"{self.path} holds no single {metric!r} of group {group!r} on split {split!r}")
+        return float(chosen["value"].iloc[0])
+
+
+def find(experiment: Experiment, runs: str | os.PathLike[str] | None = None) -> Run | None:
+    """The finished run of this experiment, or None.
+
+    Raises UserError if its directory was written in another format or cannot be read.
+    """
+    path = runs_folder(runs) / experiment.key()
+    if not path.is_dir():
+        return None
+    try:
+        stored = json.loads((path / "experiment.json").read_text())
+        version = stored["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): delete it and run again") from None
+    if version != FORMAT:
+        raise UserError(
+            f"{path} was written in run format {version}, this version reads format {FORMAT}: move it away or delete it,"
+            " then run again"
+        )
+    return Run(path, Experiment.from_dict(stored["experiment"]))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary path)`, then put the file in place in one step: readers see the old or the new file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Turn a complete working directory into the finished run, in one step."""
+    for leftover in partial.glob(".*.tmp"):
+        leftover.unlink()
+    partial.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def tidy_metrics(
+    confusion: Mapping[str, np.ndarray], classes: Iterable[str], counts: stats.ClassCounts
+) -> pd.DataFrame:
+    """The metrics table of a run, from confusion counts per image of each split, {split: (N, C, C)}."""
+    classes, group = list(classes), stats.groups(counts)
+    tables = []
+    for split, per_image in confusion.items():
+        total = per_image.sum(0, dtype=np.int64)
+        per_class = {
+            "iou": metrics.iou(total),
+            "acc": metrics.acc(total),
+            "precision": metrics.precision(total),
+            "intersection": np.diagonal(total),
+            "target_pixels": total.sum(1),
+            "predicted_pixels": total.sum(0),
+        }
+        frame = pd.DataFrame({"class_id": range(len(classes)), "class": classes, "group": group} | per_class)
+        tables.append(frame.melt(["class_id", "class", "group"], var_name="metric").assign(split=split))
+        iou, acc = per_class["iou"], per_class["acc"]
+        means = [
+            ("all", "miou", metrics.miou(total)),
+            ("all", "macc", metrics.macc(total)),
+            ("all", "pixel_acc", metrics.pixel_acc(total)),
+            ("all", "dice_error", metrics.dice_error(total)),
+            ("all", "classes_averaged", np.isfinite(iou).sum()),
+        ]
+        for name, values in (("miou", iou), ("macc", acc)):
+            means += [(g, name, mean.value) for g, mean in metrics.group_means(values, group).items()]
+        rows = [(-1, "mean", g, name, float(v), split) for g, name, v in means]
+        tables.append(pd.DataFrame(rows, columns=["class_id", "class", "group", "metric", "value", "split"]))
+    table = pd.concat(tables, ignore_index=True).astype({"value": "float64"})
+    return table[["split", "class_id", "class", "group", "metric", "value"]]
+
+
+def compare(runs: Iterable[Run]) -> pd.DataFrame:
+    """All metrics of several runs in one tidy table, with columns run, dataset, method, label, seed before them."""
+    frames = []
+    for run in runs:
+        e = run.experiment
+        columns = {
+            "run": e.key(),
+            "dataset": e.dataset,
+            "method": e.method,
+            "hyper": json.dumps(e.hyper),
+            "seed": e.seed,
+        }
+        frames.append(run.metrics.assign(**columns)[[*columns, *run.metrics.columns]])
+    if not frames:
+        raise UserError("no runs to compare: train some first, e.g. `ltseg train --method ce`")
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,571 @@
+"""The one training loop: stages, schedule, EMA teacher, checkpoints, evaluation, several processes."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ltseg_core import data, evaluate, metrics, results, stats
+from ltseg_core.config import IGNORE_INDEX, Experiment, UserError, choose
+from ltseg_core.data.base import Resized, SegmentationDataset, Subset
+from ltseg_core.data.batches import (
+    Batch,
+    BatchOrder,
+    Draw,
+    augment,
+    draw,
+    generator,
+    in_memory_if_small,
+    loader,
+    recolour,
+)
+from ltseg_core.methods import Stage, build_method
+from ltseg_core.models import build_model
+from ltseg_core.results import Run
+
+CHECK_EVERY = 20  # steps between two looks at the loss: each costs one synchronisation with the device
+CHECKPOINT = "checkpoint.safetensors"
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+
+def fit(
+    experiment: Experiment,
+    *,
+    data_root: str | os.PathLike[str] | None = None,
+    runs: str | os.PathLike[str] | None = None,
+    tracker: str | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> Run:
+    """Train `experiment`, or return its finished run.
+
+    runs:    folder of the run directories (default: $LTSEG_RUNS, else ./runs)
+    tracker: also log to `tensorboard`, `mlflow` or `wandb`, through Accelerate
+    workers: processes that decode images, for data sets that do not fit into memory
+    A run that was interrupted, however hard, continues from its last checkpoint; on a CPU the weights are then
+    bit for bit those of an undisturbed run. Several processes asking for one run train it once.
+    Raises UserError for everything a user can mend, e.g. missing data, an unknown method, a loss that diverges.
+    """
+    final = results.runs_folder(runs) / experiment.key()
+    if run := results.find(experiment, runs):
+        return run
+    _check_tracker(tracker)
+    if os.environ.get("LTSEG_TRAIN") == "0":
+        raise UserError(f"no finished run of {experiment.method} on {experiment.dataset} (seed {experiment.seed}) in "
+                        f"{final.parent}, and LTSEG_TRAIN=0 forbids training: run the notebooks first, `ltseg run`")
+
+    def train() -> None:
+        Training(experiment, final.with_suffix(".partial"), data_root, tracker, workers, progress).run()
+
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # `accelerate launch`: one run, several processes
+            train()
+        else:
+            with FileLock(final.with_suffix(".lock")):
+                if results.find(experiment, runs) is None:
+                    train()
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run to {final.parent} ({error}): free disk space, mend the permissions or choose"
+            " another folder with --runs or LTSEG_RUNS; what was finished is kept"
+        ) from error
+    return Run(final, experiment)
+
+
+def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **place: Any) -> list[Run]:
+    """`fit` every experiment and return the runs in order.
+
+    jobs: processes that train side by side (default: one on a GPU, else one per CPU thread of this process); on a
+    CPU small networks train faster next to each other than on several threads each. place: see `fit`
+    """
+    missing = [e for e in dict.fromkeys(experiments) if results.find(e, place.get("runs")) is None]
+    threads = torch.get_num_threads()
+    jobs = min(len(missing), jobs or (1 if torch.cuda.is_available() else threads))
+    if jobs > 1:
+        with _pool(jobs, max(1, threads // jobs)) as pool:
+            futures = [pool.submit(fit, e, **place | {"progress": False}) for e in missing]
+            bar = tqdm(total=len(futures), unit="run", disable=_quiet(place.get("progress", True)))
+            for done in as_completed(futures):
+                done.result()
+                bar.update()
+            bar.close()
+    return [fit(e, **place) for e in experiments]
+
+
+@contextmanager
+def _pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,))
+    try:
+        yield pool
+    except BaseException:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _start_worker(threads: int) -> None:
+    """Set the threads, and end with the parent, even one that was killed."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _quiet(progress: bool) -> bool:
+    return not progress or "LTSEG_HEADLESS" in os.environ
+
+
+class Learner(nn.Module):
+    """A stage's network and criterion as one module, so that one forward pass computes the loss."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.network, self.criterion = stage.network, stage.criterion
+
+    def forward(self, image: Tensor, target: Tensor, pseudo: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
+        """Loss of the labelled images, plus weight x loss of `pseudo` = (image, pseudo-labels, weight)."""
+        loss = self.criterion(self.network(image), target)
+        if pseudo is not None:
+            image, target, weight = pseudo
+            loss = loss + weight * self.criterion(self.network(image), target)
+        return loss
+
+
+@dataclass
+class State:
+    """All that one stage changes: saved after any step, loaded before the next."""
+
+    stage: int
+    learner: Learner
+    optimizer: torch.optim.Optimizer
+    teacher: nn.Module | None
+    loss: Tensor
+    """(steps,) float32 on the device: the loss of every step so far, NaN for steps to come."""
+    evaluations: list[dict[str, float]]
+    step: int
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file in one step; nothing in it is pickled."""
+        tensors = {f"learner.{k}": v for k, v in self.learner.state_dict().items()} | {"loss": self.loss}
+        if self.teacher is not None:
+            tensors |= {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in slots.items() if v is not None}
+        stored = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        meta = {"stage": self.stage, "step": self.step, "evaluations": self.evaluations}
+        text = {k: json.dumps(v) for k, v in meta.items()}
+        results.write_atomically(path, lambda temporary: save_file(stored, temporary, text))
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote. Raises UserError if the file is damaged or does not fit."""
+        with _readable(path), safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            self.step, self.evaluations = (json.loads(file.metadata()[k]) for k in ("step", "evaluations"))
+            self.learner.load_state_dict(_below("learner.", tensors))
+            if self.teacher is not None:
+                self.teacher.load_state_dict(_below("teacher.", tensors))
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _below("optimizer.", tensors).items():
+                index, slot = name.split(".")
+                slots.setdefault(int(index), {})[slot] = tensor
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            self.loss.copy_(tensors["loss"])
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the checkpoint {path} is truncated or from another version ({error}): delete it and run again, this run"
+            " then starts from its first step; finished runs are not touched"
+        ) from None
+
+
+def _stored_stage(path: Path) -> int:
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["stage"])
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+class Training:
+    """One run, from its experiment to its run directory."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        data_root: str | os.PathLike[str] | None,
+        tracker: str | None,
+        workers: int,
+        progress: bool,
+    ) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        self.e, self.folder, self.data_root, self.workers = experiment, folder, data_root, workers
+        self.accelerator = Accelerator(
+            log_with=tracker,
+            project_dir=folder.parent / "tracking",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if experiment.batch_size % self.world:
+            raise UserError(
+                f"batch_size {experiment.batch_size} cannot be shared by {self.world} processes: choose a multiple"
+            )
+        folder.mkdir(exist_ok=True)
+        if tracker:
+            settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in experiment.to_dict().items()}
+            self.accelerator.init_trackers("ltseg", settings)
+        self.bar = tqdm(
+            total=experiment.steps,
+            desc=f"{experiment.method} {Path(experiment.dataset).name} seed {experiment.seed}",
+            unit="step",
+            leave=False,
+            disable=_quiet(progress) or not self.main,
+        )
+
+    def log(self, text: str) -> None:
+        if self.main:
+            with (self.folder / "log.txt").open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def run(self) -> None:
+        """Train all stages, evaluate, and publish the run directory."""
+        started, e = time.time(), self.e
+        self.log(f"experiment {e.key()} {json.dumps(e.to_dict())}")
+        whole = data.load(e.dataset, "train", self.data_root, **e.data_options)
+        self.labelled, self.unlabelled = _shares(e, len(whole))
+        counts = stats.count_classes(Subset(whole, self.labelled) if self.unlabelled else whole)
+        self.train_set = in_memory_if_small(Resized(whole, e.size, resize_labels=True) if e.size else whole)
+        self.test_sets = {
+            split: in_memory_if_small(self._test_set(split))
+            for split in data.splits(e.dataset, self.data_root)
+            if split != "train"
+        }
+        self.log(f"{len(self.labelled)} labelled, {len(self.unlabelled)} unlabelled images; {self.world} process(es)")
+
+        torch.manual_seed(e.seed)
+        network = build_model(
+            e.architecture, e.encoder, len(whole.classes), weights=e.encoder_weights, root=self.data_root,
+            **e.model_options,
+        )  # fmt: skip
+        stages = build_method(e.method, network, counts, e.hyper)
+        checkpoint = self.folder / CHECKPOINT
+        loss = torch.full((e.steps,), torch.nan, device=self.device)
+        evaluations: list[dict[str, float]] = []
+        first = _stored_stage(checkpoint) if checkpoint.exists() else 0
+        for number, (start, stop) in enumerate(_spans([stage.share for stage in stages], e.steps)):
+            if number < first:
+                continue
+            state = self._begin(stages[number], number, start, loss, evaluations)
+            if number == first and checkpoint.exists():
+                state.load(checkpoint)
+                self.log(f"resumed at step {state.step}")
+            self._train(state, stages[number], start, stop)
+            loss, evaluations = state.loss, state.evaluations
+            if state.teacher is not None:  # what is evaluated is what the next stage starts from
+                state.learner.network.load_state_dict(state.teacher.state_dict())
+        network = stages[-1].network.to(self.device)
+        confusion = {split: self._confusion(network, test_set) for split, test_set in self.test_sets.items()}
+        self.bar.close()
+        if self.main:
+            self._store(network, loss, evaluations, confusion, whole.classes, counts, started)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _test_set(self, split: str) -> SegmentationDataset:
+        e = self.e
+        options = {k: v for k, v in e.data_options.items() if k != "images"}  # it limits the training split
+        dataset = data.load(e.dataset, split, self.data_root, **options)
+        if e.eval_images is not None and e.eval_images < len(dataset):
+            dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, e.eval_images).round().astype(int).tolist())
+        return Resized(dataset, e.size, resize_labels=False) if e.size else dataset
+
+    def _begin(self, stage: Stage, number: int, start: int, loss: Tensor, evaluations: list[dict[str, float]]) -> State:
+        e = self.e
+        learner = Learner(stage).to(self.device)
+        for module in stage.frozen:
+            module.requires_grad_(False)
+        if e.freeze_batch_norm:
+            for module in _batch_norms(learner):
+                module.requires_grad_(False)
+        teacher = copy.deepcopy(learner.network).requires_grad_(False).eval() if e.ema_decay else None
+        return State(number, learner, _optimizer(learner, e), teacher, loss, evaluations, start)
+
+    def _train(self, state: State, stage: Stage, start: int, stop: int) -> None:
+        e, learner = self.e, state.learner
+        ddp = self.accelerator.prepare(learner) if self.world > 1 else learner
+        span = {"start": state.step, "stop": stop, "rank": self.rank, "world": self.world}
+        batches = iter(
+            loader(self.train_set, BatchOrder(self.labelled, e.batch_size, e.seed, **span), workers=self.workers)
+        )
+        others = None
+        if self.unlabelled:
+            order = BatchOrder(self.unlabelled, e.batch_size, e.seed + 1, **span)
+            others = iter(loader(self.train_set, order, workers=self.workers))
+        learner.train()
+        for module in (*stage.frozen, *(_batch_norms(learner) if e.freeze_batch_norm else ())):
+            module.eval()
+        self.bar.update(state.step - self.bar.n)
+        for step in range(state.step, stop):
+            torch.manual_seed(_mix(e.seed, step, self.rank))  # dropout, noise: a function of the step alone
+            for group in state.optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate_factor(e, step - start, stop - start)
+            image, target = augment(self._to_device(next(batches)), self._draw(step, 2, e.colour), e.crop)
+            pseudo = self._pseudo(state.teacher, next(others), step) if others and state.teacher is not None else None
+            with evaluate.autocast(self.device, e.precision):
+                loss = ddp(image, target, pseudo)
+            state.optimizer.zero_grad(set_to_none=True)
+            self.accelerator.backward(loss)
+            if e.clip_norm is not None:
+                nn.utils.clip_grad_norm_(learner.parameters(), e.clip_norm)
+            state.optimizer.step()
+            state.loss[step] = loss.detach()
+            state.step = step + 1
+            if state.teacher is not None and e.ema_decay is not None:
+                update_teacher(state.teacher, learner.network, min(e.ema_decay, state.step / (state.step + 1)))
+            self._after_step(state, start, stop)
+
+    def _after_step(self, state: State, start: int, stop: int) -> None:
+        e, step = self.e, state.step
+        self.bar.update()
+        save = step % e.checkpoint_every == 0 or step == stop
+        look = e.eval_every is not None and step % e.eval_every == 0 and "val" in self.test_sets
+        if not (save or look or step % CHECK_EVERY == 0):
+            return
+        recent = state.loss[max(start, step - CHECK_EVERY) : step].tolist()
+        _check_finite(state.loss[start:step], start, e)
+        values = {"loss": recent[-1], "lr": state.optimizer.param_groups[0]["lr"]}
+        self.bar.set_postfix(loss=f"{recent[-1]:.3f}")
+        if look:
+            total = self._confusion(state.teacher or state.learner.network, self.test_sets["val"]).sum(0)
+            values |= {"val miou": float(metrics.miou(total)), "val macc": float(metrics.macc(total))}
+            state.evaluations.append({"step": step, **{k: v for k, v in values.items() if k.startswith("val")}})
+        self.log(f"step {step} " + " ".join(f"{k} {v:.5g}" for k, v in values.items()))
+        self.accelerator.log(values, step=step)
+        if save and self.main:
+            state.save(self.folder / CHECKPOINT)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+
+    def _draw(self, step: int, stream: int, colour: float) -> Draw:
+        e = self.e
+        whole = draw(
+            e.batch_size,
+            generator(e.seed, stream, step),
+            scale_range=e.scale_range,
+            flip=e.flip,
+            colour=colour,
+        )
+        share = e.batch_size // self.world
+        return Draw(*(t[self.rank * share : (self.rank + 1) * share] for t in whole))
+
+    @torch.no_grad()
+    def _pseudo(self, teacher: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor, float]:
+        """The teacher labels the images as they are; the student gets them recoloured."""
+        e, chosen = self.e, self._draw(step, 3, self.e.colour)
+        plain = chosen._replace(colour=torch.ones_like(chosen.colour))
+        image, target = augment(self._to_device(batch._replace(label=torch.zeros_like(batch.label))), plain, e.crop)
+        with evaluate.autocast(self.device, e.precision):
+            logits = teacher(image).logits
+        target = pseudo_labels(logits.float(), target, e.pseudo_threshold)
+        return recolour(image, chosen.colour.to(self.device)), target, e.unlabelled_weight
+
+    def _confusion(self, network: nn.Module, dataset: SegmentationDataset) -> np.ndarray:
+        counts = evaluate.confusion(
+            network,
+            dataset,
+            batch_size=self.e.batch_size,
+            precision=self.e.precision,
+            rank=self.rank,
+            world=self.world,
+        )
+        if self.world > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return counts.cpu().numpy().astype(np.int32)
+
+    def _store(
+        self,
+        network: nn.Module,
+        loss: Tensor,
+        evaluations: list[dict[str, float]],
+        confusion: dict[str, np.ndarray],
+        classes: Sequence[str],
+        counts: stats.ClassCounts,
+        started: float,
+    ) -> None:
+        e, folder = self.e, self.folder
+        steps = np.arange(1, e.steps + 1)
+        history = [pd.DataFrame({"step": steps, "metric": "loss", "value": loss.cpu().numpy().astype(np.float64)})]
+        if evaluations:
+            history.append(pd.DataFrame(evaluations).melt("step", var_name="metric"))
+        tables = {
+            "history": pd.concat(history, ignore_index=True),
+            "metrics": results.tidy_metrics(confusion, classes, counts),
+            "classes": pd.DataFrame(
+                {
+                    "class": list(classes),
+                    "train_pixels": counts.pixels.numpy(),
+                    "train_images": counts.images.numpy(),
+                }
+            ),
+        }
+        for name, table in tables.items():
+            table.to_parquet(folder / f"{name}.parquet", index=False)
+        np.savez_compressed(folder / "confusion.npz", **confusion)
+        state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in network.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        environment = describe_environment(self.device) | {
+            "processes": self.world,
+            "wall_s": time.time() - started,
+        }
+        (folder / "environment.json").write_text(json.dumps(environment, indent=1))
+        stored = {"format": results.FORMAT, "experiment": e.to_dict()}
+        (folder / "experiment.json").write_text(json.dumps(stored, indent=1))
+        self.log("finished: " + ", ".join(f"{s} mIoU {metrics.miou(c.sum(0)):.4f}" for s, c in confusion.items()))
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        results.publish(folder, folder.with_suffix(""))
+
+
+def _check_tracker(tracker: str | None) -> None:
+    if tracker is None:
+        return
+    choose("tracker", tracker, TRACKERS)
+    if importlib.util.find_spec(tracker) is None:
+        raise UserError(f"tracker {tracker!r} is not installed: `pip install {tracker}`, or leave the option out")
+
+
+def _shares(e: Experiment, images: int) -> tuple[list[int], list[int]]:
+    """Indices of the labelled and the unlabelled training images, drawn by the seed."""
+    if e.labelled_images is None:
+        return list(range(images)), []
+    if e.labelled_images >= images:
+        raise UserError(f"labelled_images must be below the {images} training images, got {e.labelled_images}")
+    order = torch.randperm(images, generator=generator(e.seed, 4)).tolist()
+    return sorted(order[: e.labelled_images]), sorted(order[e.labelled_images :])
+
+
+def _spans(shares: Sequence[float], steps: int) -> list[tuple[int, int]]:
+    """First and last-plus-one step of each stage."""
+    ends = [round(steps * total / sum(shares)) for total in np.cumsum(shares)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def _mix(*key: int) -> int:
+    return generator(*key).initial_seed()
+
+
+def _optimizer(learner: Learner, e: Experiment) -> torch.optim.Optimizer:
+    """SGD or AdamW over all trainable parameters; those of the encoder with their own learning rate."""
+    encoder = {id(p) for name, p in learner.named_parameters() if ".encoder." in f".{name}"}
+    trainable = [p for p in learner.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if (id(p) in encoder) is inside], "peak": e.lr * factor}
+        for inside, factor in ((False, 1.0), (True, e.encoder_lr_factor))
+    ]
+    groups = [g for g in groups if g["params"]]
+    if e.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay)
+    return torch.optim.AdamW(groups, lr=e.lr, weight_decay=e.weight_decay)
+
+
+def learning_rate_factor(e: Experiment, step: int, steps: int) -> float:
+    """Share of the peak learning rate at `step` of a stage of `steps`.
+
+    Linear warm-up, (step + 1) / warmup_steps, times (1 - step / steps)^poly_power for `poly`.
+    """
+    warm = min(1.0, (step + 1) / e.warmup_steps) if e.warmup_steps else 1.0
+    return warm * ((1 - step / steps) ** e.poly_power if e.schedule == "poly" else 1.0)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student, buffers that are no floats copied (Tarvainen & Valpola 2017)."""
+    own, new = list(teacher.state_dict().values()), list(student.state_dict().values())
+    floats = [(t, s) for t, s in zip(own, new, strict=True) if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in floats], [s for _, s in floats], 1 - decay)
+    for t, s in zip(own, new, strict=True):
+        if not t.is_floating_point():
+            t.copy_(s)
+
+
+def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float) -> Tensor:
+    """Most probable class where its softmax probability is at least `threshold`, else 255.
+
+    logits: (B, C, H, W);  inside: (B, H, W), ignore_index where there is no image;  returns (B, H, W) int64
+    """
+    confidence, label = logits.softmax(1).max(1)
+    return torch.where((confidence >= threshold) & (inside != IGNORE_INDEX), label, IGNORE_INDEX)
+
+
+def _check_finite(loss: Tensor, first: int, e: Experiment) -> None:
+    """Refuse a stage whose losses are not all finite."""
+    bad = (~torch.isfinite(loss)).nonzero()
+    if len(bad):
+        raise UserError(
+            f"the loss of {e.method} (seed {e.seed}) is {loss[bad[0, 0]].item()} at step {first + int(bad[0, 0]) + 1}:"
+            f" try a lower lr (now {e.lr:g}), a warm-up (warmup_steps), clip_norm: 1"
+            + (", or precision: fp32" if e.precision == "bf16" else "")
+        )
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and commit, for environment.json."""
+    packages = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "accelerate", "numpy", "ltseg")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip() or None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }

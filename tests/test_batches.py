@@ -1,0 +1,142 @@
+"""Order, collation and augmentation of training batches."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ltseg_core.data.batches import Batch, BatchOrder, Draw, augment, collate, draw, generator, recolour
+
+
+def plain_draw(count, *, zoom=1.0, flip=0.0, place=0.0):
+    return Draw(torch.full((count,), zoom), torch.full((count, 2), place), torch.full((count,), flip), torch.ones(count, 3))
+
+
+def pictures(count=3, height=12, width=20, seed=0):
+    source = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (count, 3, height, width), generator=source, dtype=torch.uint8)
+    label = torch.randint(0, 5, (count, height, width), generator=source, dtype=torch.uint8)
+    label[:, 0, 0] = 255
+    return Batch(image, label, torch.tensor([[height, width]] * count))
+
+
+def test_without_change_augmentation_is_the_identity():
+    batch = pictures()
+    image, target = augment(batch, plain_draw(3), None)
+    assert torch.allclose(image, batch.image / 255, atol=1e-6)
+    assert torch.equal(target, batch.label.long())
+
+
+def test_flip_mirrors_image_and_label_together():
+    batch = pictures()
+    image, target = augment(batch, plain_draw(3, flip=1.0), None)
+    assert torch.allclose(image, batch.image.flip(-1) / 255, atol=1e-5)
+    assert torch.equal(target, batch.label.flip(-1).long())
+
+
+def test_integer_zoom_repeats_pixels_and_crop_selects_the_window():
+    batch = pictures()
+    _, target = augment(batch, plain_draw(3, zoom=2.0), None)
+    whole = batch.label.long().repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert torch.equal(target, whole[:, :12, :20])  # place 0: the upper left window
+    _, target = augment(batch, plain_draw(3, zoom=2.0, place=1.0), (6, 8))
+    assert torch.equal(target, whole[:, -6:, -8:])
+
+
+def test_outside_is_ignored_and_black():
+    batch = pictures(3, 12, 21)
+    image, target = augment(batch, plain_draw(3, zoom=1 / 3), None)
+    assert (target[:, 4:] == 255).all()
+    assert (target[:, :, 7:] == 255).all()
+    assert (image[:, :, 5:] == 0).all()
+    # the middle of every 3 x 3 block, with no new class values from interpolation
+    assert torch.equal(target[:, :4, :7], batch.label[:, 1::3, 1::3].long())
+
+
+def test_image_and_label_stay_aligned():
+    batch = pictures(4, 24, 32)
+    label = torch.arange(24 * 32).view(24, 32) // 100
+    batch = Batch(label.to(torch.uint8).repeat(4, 3, 1, 1) * 20, label.to(torch.uint8).repeat(4, 1, 1), batch.sizes)
+    chosen = draw(4, generator(1), scale_range=(1.0, 2.0), flip=0.5, colour=0.0)
+    image, target = augment(batch, chosen, (16, 16))
+    flat = torch.nn.functional.avg_pool2d(target.float(), 3, 1, 1) == target  # away from label borders
+    assert flat.float().mean() > 0.3
+    assert torch.allclose(image[:, 0][flat] * 255 / 20, target[flat].float(), atol=0.01)
+
+
+def test_padded_pixels_never_enter_through_flip_or_place():
+    small, large = torch.full((3, 6, 8), 200, dtype=torch.uint8), torch.full((3, 10, 12), 100, dtype=torch.uint8)
+    batch = collate([(small, torch.ones(6, 8, dtype=torch.uint8)), (large, torch.ones(10, 12, dtype=torch.uint8))])
+    assert batch.image.shape == (2, 3, 10, 12)
+    assert (batch.label[0, 6:] == 255).all()
+    assert (batch.label[0, :, 8:] == 255).all()
+    _, target = augment(batch, plain_draw(2, flip=1.0), (6, 8))
+    assert (target == 1).all()
+
+
+def test_ignore_label_survives_resampling():
+    batch = pictures()
+    batch = batch._replace(label=torch.full_like(batch.label, 255))
+    _, target = augment(batch, draw(3, generator(0), scale_range=(0.5, 2), flip=0.5, colour=0.5), (9, 9))
+    assert (target == 255).all()
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40))
+def test_generators_depend_on_the_whole_key(a, b):
+    one, same, swapped = generator(a, b), generator(a, b), generator(b, a)
+    assert one.initial_seed() == same.initial_seed()
+    assert a == b or one.initial_seed() != swapped.initial_seed()
+
+
+def test_recolour_closed_forms():
+    image = torch.rand(2, 3, 5, 5) * 0.4 + 0.2
+    ones = torch.ones(2, 3)
+    assert torch.allclose(recolour(image, ones), image, atol=1e-6)
+    assert torch.allclose(recolour(image, ones * torch.tensor([1.5, 1, 1])), image * 1.5, atol=1e-6)
+    grey = recolour(image, ones * torch.tensor([1, 1, 0.0]))
+    assert torch.allclose(grey[:, 0], grey[:, 2], atol=1e-6)
+    flat = recolour(image, ones * torch.tensor([1, 0.0, 1]))
+    luma = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).mean((1, 2))
+    assert torch.allclose((flat * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).mean((1, 2)), luma, atol=1e-5)
+
+
+def test_draw_ranges():
+    chosen = draw(2000, generator(0), scale_range=(0.5, 2.0), flip=0.25, colour=0.2)
+    assert 0.5 <= chosen.zoom.min() < 0.51
+    assert 1.99 < chosen.zoom.max() <= 2.0
+    assert 0.2 < chosen.flip.mean() < 0.3
+    assert (chosen.colour - 1).abs().max() <= 0.2
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 13), st.integers(1, 5), st.integers(1, 20))
+def test_order_visits_every_image_once_per_epoch(images, batch_size, steps):
+    order = BatchOrder(range(images), batch_size, 3, start=0, stop=steps)
+    seen = [i for batch in order for i in batch]
+    assert len(seen) == steps * batch_size
+    for epoch in range(len(seen) // images):
+        assert sorted(seen[epoch * images : (epoch + 1) * images]) == list(range(images))
+
+
+def test_order_can_start_anywhere_and_be_shared():
+    whole = list(BatchOrder(range(10), 4, 0, start=0, stop=9))
+    assert list(BatchOrder(range(10), 4, 0, start=5, stop=9)) == whole[5:]
+    parts = [list(BatchOrder(range(10), 4, 0, start=0, stop=9, rank=r, world=2)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+    assert list(BatchOrder(range(10), 4, 1, start=0, stop=9)) != whole
+
+
+@pytest.mark.parametrize("crop", [None, (7, 9)])
+def test_zoom_matches_pil_on_smooth_images(crop):
+    from PIL import Image
+
+    y, x = np.mgrid[0:24, 0:32]
+    smooth = (4 * y + 3 * x + 20).astype(np.uint8)
+    image = torch.from_numpy(smooth).repeat(1, 3, 1, 1)
+    batch = Batch(image, torch.zeros(1, 24, 32, dtype=torch.uint8), torch.tensor([[24, 32]]))
+    ours, _ = augment(batch, plain_draw(1, zoom=2.0), crop)
+    other = np.asarray(Image.fromarray(smooth).resize((64, 48), Image.Resampling.BILINEAR), dtype=np.float32)
+    h, w = ours.shape[-2:]
+    # inside: at the border PIL repeats edge pixels, grid_sample mixes in the black outside
+    assert np.abs(ours[0, 0, 2:, 2:].numpy() * 255 - other[2:h, 2:w]).max() < 1.01

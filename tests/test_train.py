@@ -1,0 +1,368 @@
+"""The training loop: determinism, resuming, several processes, teachers, and what stops it."""
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ltseg_core import data, evaluate, metrics, results, stats
+from ltseg_core.config import Experiment, UserError
+from ltseg_core.data.batches import BatchOrder, augment, collate, draw, generator
+from ltseg_core.methods import build_method
+from ltseg_core.models import build_model
+from ltseg_core.train import fit, fit_all, learning_rate_factor, pseudo_labels, update_teacher
+
+SMALL = {"architecture": "Linknet", "encoder": "tu-mobilenetv3_small_050", "batch_size": 2}
+
+
+@pytest.fixture
+def tiny(folder):
+    """Experiments on a folder of 32 x 48 pictures that take a second."""
+    root = folder(train=6, val=2, test=2)
+
+    def experiment(**changes):
+        return Experiment(dataset=str(root), **SMALL | {"steps": 4, "checkpoint_every": 2} | changes)
+
+    return experiment
+
+
+def weights(run):
+    return load_file(run.path / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_plain_sgd_run_equals_a_loop_written_by_hand(tiny):
+    e = tiny(optimizer="sgd", lr=0.01, weight_decay=1e-3, encoder_lr_factor=0.5, warmup_steps=2)
+    run = fit(e)
+    train = data.load(e.dataset, "train")
+    torch.manual_seed(e.seed)
+    network = build_model(e.architecture, e.encoder, 4)
+    encoder, rest = list(network.encoder.parameters()), [*network.decoder.parameters(), *network.classifier.parameters()]
+    buffers = {p: None for p in encoder + rest}
+    network.train()
+    for step, indices in enumerate(BatchOrder(range(6), 2, 0, start=0, stop=4)):
+        batch = collate([train[i] for i in indices])
+        chosen = draw(2, generator(e.seed, 2, step), scale_range=e.scale_range, flip=e.flip, colour=e.colour)
+        image, target = augment(batch, chosen, None)
+        torch.manual_seed(generator(e.seed, step, 0).initial_seed())
+        nn.functional.cross_entropy(network(image).logits, target, ignore_index=255).backward()
+        lr = 0.01 * min(1, (step + 1) / 2) * (1 - step / 4) ** 0.9
+        with torch.no_grad():
+            for group, factor in ((encoder, 0.5), (rest, 1.0)):
+                for p in group:
+                    if p.grad is None:
+                        continue
+                    g = p.grad + 1e-3 * p
+                    buffers[p] = g if buffers[p] is None else 0.9 * buffers[p] + g
+                    p -= lr * factor * buffers[p]
+                    p.grad = None
+    for name, tensor in network.state_dict().items():
+        assert torch.allclose(weights(run)[name], tensor, rtol=1e-4, atol=1e-5), name
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tiny, tmp_path):
+    one, two = fit(tiny(), runs=tmp_path / "a"), fit(tiny(), runs=tmp_path / "b")
+    assert same(weights(one), weights(two))
+    assert not same(weights(one), weights(fit(tiny(seed=1))))
+
+
+def test_finished_run_is_returned_not_trained_again(tiny):
+    run = fit(tiny())
+    before = {p: p.stat().st_mtime_ns for p in run.path.iterdir()}
+    again = fit(tiny())
+    assert again.path == run.path
+    assert {p: p.stat().st_mtime_ns for p in run.path.iterdir()} == before
+
+
+def test_run_directory_is_complete_and_consistent(tiny):
+    run = fit(tiny(eval_every=2))
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "classes.parquet", "confusion.npz", "environment.json", "experiment.json", "history.parquet", "log.txt",
+        "metrics.parquet", "model.safetensors",
+    ]  # fmt: skip
+    confusion = run.confusion("test")
+    assert confusion.shape == (2, 4, 4)
+    assert confusion.sum() == 2 * 32 * 48
+    assert run.value("miou") == pytest.approx(float(metrics.miou(confusion.sum(0))), abs=1e-12)
+    assert set(run.history["metric"]) == {"loss", "val miou", "val macc"}
+    assert np.isfinite(run.history["value"]).all()
+    assert run.experiment == tiny(eval_every=2)
+    test = data.load(run.experiment.dataset, "test")
+    assert np.array_equal(evaluate.confusion(run.network(), test).numpy(), confusion)
+
+
+def test_training_reduces_the_loss(tiny):
+    history = fit(tiny(steps=30, lr=5e-3, scale_range=(1, 1))).history
+    loss = history[history["metric"] == "loss"]["value"].to_numpy()
+    assert loss[-5:].mean() < 0.6 * loss[:5].mean()
+
+
+KILLED = """
+import json, sys
+from ltseg_core.config import Experiment
+from ltseg_core.train import fit
+import torch
+torch.set_num_threads(1)
+print("ready", flush=True)
+fit(Experiment.from_dict(json.loads(sys.argv[1])), progress=False)
+"""
+
+
+def _start(experiment, runs):
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, experiment.to_json()],
+        env={**os.environ, "LTSEG_RUNS": str(runs)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_killed_at_random_moments_gives_the_undisturbed_weights(tiny, tmp_path, ema):
+    e = tiny(steps=40, checkpoint_every=3, ema_decay=ema)
+    whole = fit(e, runs=tmp_path / "whole")
+    runs, rng, kills = tmp_path / "killed", random.Random(7), 0
+    while results.find(e, runs) is None:
+        process = _start(e, runs)
+        process.stdout.readline()
+        try:
+            process.wait(timeout=rng.uniform(0.5, 4) if kills < 4 else 100)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills > 0
+    killed = results.find(e, runs)
+    assert same(weights(whole), weights(killed))
+    assert whole.history.equals(killed.history)
+    assert np.array_equal(whole.confusion("test"), killed.confusion("test"))
+
+
+@pytest.mark.slow
+def test_interrupt_keeps_the_checkpoint_and_the_next_call_resumes(tiny, tmp_path):
+    e = tiny(steps=4000, checkpoint_every=2)
+    process = _start(e, tmp_path)
+    checkpoint = tmp_path / f"{e.key()}.partial" / "checkpoint.safetensors"
+    deadline = time.time() + 60
+    while not checkpoint.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    assert checkpoint.exists()
+    assert results.find(e, tmp_path) is None
+
+
+def test_truncated_checkpoint_is_named(tiny, tmp_path, monkeypatch):
+    e = tiny()
+    other = fit(tiny(seed=5))
+    monkeypatch.setattr(results, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("ltseg_core.train.CHECKPOINT", "kept.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        fit(e)
+    monkeypatch.undo()
+    partial = results.runs_folder(other.path.parent) / f"{e.key()}.partial"
+    (partial / "checkpoint.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(UserError, match=r"checkpoint.safetensors is truncated .*delete it"):
+        fit(e, runs=other.path.parent)
+    assert results.find(tiny(seed=5), other.path.parent) is not None
+
+
+def test_diverging_loss_says_where_and_what_to_try(tiny):
+    with pytest.raises(UserError, match=r"the loss of ce \(seed 0\) is (nan|inf) at step \d+: try a lower lr \(now 1e\+30\)"):
+        fit(tiny(optimizer="sgd", lr=1e30, steps=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "blvv"}, "did you mean 'blv'"),
+        ({"method": "blv", "hyper": {"sigmaa": 1}}, "did you mean 'sigma'"),
+        ({"encoder": "resnet19"}, "did you mean 'resnet18'"),
+        ({"data_options": {"image": 1}}, "did you mean 'images'"),
+        ({"labelled_images": 6, "ema_decay": 0.9}, "below the 6 training images"),
+    ],
+)
+def test_refused_before_training(tiny, changes, message):
+    with pytest.raises(UserError, match=message):
+        fit(tiny(**changes))
+
+
+def test_unwritable_folder_is_named(tiny, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(UserError, match="cannot write the run to .*choose another folder"):
+        fit(tiny(), runs=blocked / "runs")
+
+
+def test_full_disk_leaves_nothing_half_written_and_a_rerun_finishes(tiny, monkeypatch):
+    e, real = tiny(), results.publish
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "publish", full)
+    with pytest.raises(UserError, match="No space left on device.*free disk space"):
+        fit(e)
+    assert results.find(e) is None
+    monkeypatch.setattr(results, "publish", real)
+    assert fit(e).path.is_dir()
+
+
+def test_run_of_another_version_is_refused_and_kept(tiny):
+    run = fit(tiny())
+    stored = json.loads((run.path / "experiment.json").read_text())
+    (run.path / "experiment.json").write_text(json.dumps(stored | {"format": 0}))
+    with pytest.raises(UserError, match=r"written in run format 0, .* move it away or delete it"):
+        fit(tiny())
+    (run.path / "experiment.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        fit(tiny())
+    assert (run.path / "model.safetensors").exists()
+
+
+def test_two_callers_train_once(tiny, tmp_path):
+    e = tiny(steps=20)
+    processes = [_start(e, tmp_path) for _ in range(2)]
+    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    assert (tmp_path / e.key() / "log.txt").read_text().count("finished") == 1
+
+
+@pytest.mark.slow
+def test_side_by_side_equals_one_after_the_other(tiny, tmp_path):
+    experiments = [tiny(seed=s) for s in (0, 1, 2)]
+    apart = fit_all(experiments, jobs=1, runs=tmp_path / "a", progress=False)
+    together = fit_all([*experiments, experiments[0]], jobs=2, runs=tmp_path / "b", progress=False)
+    assert [r.experiment.seed for r in together] == [0, 1, 2, 0]
+    for a, b in zip(apart, together, strict=False):
+        assert same(weights(a), weights(b))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_metrics_of_one(tiny, tmp_path):
+    """Frozen batch norm, no ignored pixels: the mean of the two half batches is the mean of the batch."""
+    e = tiny(batch_size=4, freeze_batch_norm=True, scale_range=(1, 1), steps=6)
+    one = fit(e, runs=tmp_path / "one")
+    path = tmp_path / "e.json"
+    path.write_text(e.to_json())
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ltseg_core.cli", "train", str(path)]  # fmt: skip
+    done = subprocess.run(
+        launch, env={**os.environ, "LTSEG_RUNS": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = results.find(e, tmp_path / "two")
+    assert two.environment["processes"] == 2
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(two)[name], atol=1e-4), name
+    assert one.confusion("test").sum() == two.confusion("test").sum()
+    assert one.value("miou") == pytest.approx(two.value("miou"), abs=2e-3)
+
+
+def test_batch_that_processes_cannot_share_is_refused(tiny, monkeypatch):
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", property(lambda _: 3))
+    with pytest.raises(UserError, match="batch_size 2 cannot be shared by 3 processes"):
+        fit(tiny())
+    AcceleratorState._reset_state(reset_partial_state=False)
+    assert PartialState().num_processes == 1
+
+
+def test_bf16_stays_close_to_fp32(tiny):
+    full, half = (fit(tiny(precision=p, lr=1e-4)).history["value"].to_numpy() for p in ("fp32", "bf16"))
+    assert not np.array_equal(full, half)
+    assert np.abs(full - half).max() < 0.1
+
+
+def test_teacher_is_the_closed_form_average():
+    student = nn.BatchNorm1d(3)
+    teacher = copy.deepcopy(student)
+    expected = student.weight.detach().clone()
+    for step in range(1, 6):
+        nn.init.constant_(student.weight, float(step))
+        student.num_batches_tracked += 1
+        update_teacher(teacher, student, 0.8)
+        expected = 0.8 * expected + 0.2 * step
+    assert torch.allclose(teacher.weight, expected)
+    assert teacher.num_batches_tracked == 5
+
+
+def test_pseudo_labels():
+    logits = torch.tensor([[0.0, 2.0], [0.0, 0.0]]).view(1, 2, 1, 2)  # p = (.5, .5) and (.88, .12)
+    inside = torch.zeros(1, 1, 2, dtype=torch.long)
+    assert pseudo_labels(logits, inside, 0.0).tolist() == [[[0, 0]]]
+    assert pseudo_labels(logits, inside, 0.6).tolist() == [[[255, 0]]]
+    assert pseudo_labels(logits, torch.full_like(inside, 255), 0.0).tolist() == [[[255, 255]]]
+
+
+def test_unlabelled_stream_with_weight_zero_is_supervised_training(tiny):
+    base = {"labelled_images": 3, "ema_decay": 0.5}
+    without, ignored = (fit(tiny(**base, **c)) for c in ({"unlabelled_weight": 0.0}, {"pseudo_threshold": 1.0}))
+    used = fit(tiny(**base, unlabelled_weight=1.0))
+    losses = [r.history["value"].to_numpy() for r in (without, ignored, used)]
+    assert losses[0][0] == losses[1][0]  # no pseudo-label passes the threshold 1, so the first steps agree
+    assert losses[2][0] > losses[0][0]
+    assert int(without.counts().images.max()) <= 3
+
+
+def test_frozen_batch_norm_does_not_move(tiny):
+    e = tiny(freeze_batch_norm=True)
+    torch.manual_seed(e.seed)
+    initial = build_model(e.architecture, e.encoder, 4).state_dict()
+    final = weights(fit(e))
+    norms = [k for k in final if "running_" in k or ("bn" in k and k.endswith(("weight", "bias")))]
+    assert norms
+    assert all(torch.equal(initial[k], final[k]) for k in norms)
+    assert not torch.equal(initial["classifier.weight"], final["classifier.weight"])
+
+
+def test_learning_rate_schedule_closed_form():
+    poly = Experiment(warmup_steps=0)
+    assert [learning_rate_factor(poly, s, 10) for s in (0, 5)] == pytest.approx([1.0, 0.5**0.9])
+    warm = Experiment(warmup_steps=4, schedule="constant")
+    assert [learning_rate_factor(warm, s, 10) for s in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_tracker_names(tiny):
+    with pytest.raises(UserError, match="did you mean 'tensorboard'"):
+        fit(tiny(), tracker="tensorbord")
+
+
+@pytest.mark.slow
+def test_tensorboard_receives_the_loss(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = fit(tiny(), tracker="tensorboard", runs=tmp_path)
+    events = EventAccumulator(str(next((tmp_path / "tracking").rglob("events*")).parent)).Reload()
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    losses = run.history["value"].to_numpy()
+    assert logged == pytest.approx({2: losses[1], 4: losses[3]}, rel=1e-6)
+
+
+def test_every_method_trains(tiny):
+    from ltseg_core.methods import METHODS
+
+    counts = stats.ClassCounts(torch.tensor([900, 90, 9, 1]), torch.tensor([9, 8, 4, 1]))
+    network = build_model("Linknet", SMALL["encoder"], 4)
+    image, target = torch.rand(2, 3, 32, 48), torch.randint(0, 4, (2, 32, 48))
+    for name in METHODS:
+        (stage,) = build_method(name, network, counts, {})
+        stage.criterion(stage.network(image), target).backward()
+        gradient = network.classifier.weight.grad
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.abs().sum() > 0, name
+        network.zero_grad()
