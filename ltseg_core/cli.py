@@ -23,8 +23,12 @@ app = typer.Typer(
 DataRoot = Annotated[
     Path | None, typer.Option(help="Folder of the data sets.", envvar="LTSEG_DATA", show_default="./data")
 ]
-Runs = Annotated[Path | None, typer.Option(help="Folder of the run directories.", envvar="LTSEG_RUNS", show_default="./runs")]
-Set = Annotated[list[str] | None, typer.Option("-p", "--parameter", help="name=value, repeatable; the value is read as YAML.")]
+Runs = Annotated[
+    Path | None, typer.Option(help="Folder of the run directories.", envvar="LTSEG_RUNS", show_default="./runs")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("-p", "--parameter", help="name=value, repeatable; the value is read as YAML.")
+]
 ProfileName = Annotated[str, typer.Option("--profile", help=f"One of {', '.join(PROFILES)}.")]
 
 
@@ -92,7 +96,13 @@ def run(
 
     _export(LTSEG_DATA=data_root, LTSEG_RUNS=runs)
     outcome = collection.run(
-        notebooks, profile=profile, out=out, jobs=jobs, scheduler=scheduler, parameters=_assignments(parameter), force=force
+        notebooks,
+        profile=profile,
+        out=out,
+        jobs=jobs,
+        scheduler=scheduler,
+        parameters=_assignments(parameter),
+        force=force,
     )
     typer.echo(collection.summary(outcome, out))
     if any(result.failed for result in outcome):
@@ -123,7 +133,7 @@ def train(
 
       ltseg train experiment.yaml -p hyper.sigma=4
 
-      accelerate launch --num_processes 2 -m ltseg_core.cli train --method ce
+      accelerate launch --multi_gpu --num_processes 2 -m ltseg_core.cli train --method ce
     """
     changes = _assignments(parameter)
     given = {"method": method, "dataset": dataset, "seed": seed, "steps": steps}
@@ -136,7 +146,11 @@ def train(
     from ltseg_core.train import fit
 
     finished = fit(wanted, data_root=data_root, runs=runs, tracker=tracker, workers=workers)
-    table = finished.metrics.query("class_id == -1 and group == 'all'").pivot(index="metric", columns="split", values="value")
+    if os.environ.get("RANK", "0") != "0":  # one of several processes of `accelerate launch`
+        return
+    table = finished.metrics.query("class_id == -1 and group == 'all'").pivot(
+        index="metric", columns="split", values="value"
+    )
     typer.echo(table.round(4).to_string())
     typer.echo(f"run directory: {finished.path}")
 
@@ -197,7 +211,9 @@ def stats(
         table.add_row(loaded.classes[i], *row)
     Console().print(table)
     pixel_factor, region_factor = statistics.imbalance_factors(counts)
-    typer.echo(f"imbalance factor (max/min over classes that occur): pixels {pixel_factor:.2f}, images {region_factor:.2f}")
+    typer.echo(
+        f"imbalance factor (max/min over classes that occur): pixels {pixel_factor:.2f}, images {region_factor:.2f}"
+    )
 
 
 @app.command()
@@ -228,17 +244,29 @@ def doctor(data_root: DataRoot = None) -> None:
 
     root = config.data_root(data_root)
     typer.echo(f"ltseg {__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores")
-    for name in ("torch", "torchvision", "segmentation-models-pytorch", "timm", "accelerate", "jupyterlab", "papermill"):
+    for name in (
+        "torch",
+        "torchvision",
+        "segmentation-models-pytorch",
+        "timm",
+        "accelerate",
+        "jupyterlab",
+        "papermill",
+    ):
         try:
             typer.echo(f"  {name} {version(name)}")
         except PackageNotFoundError:
             typer.echo(f"  {name} MISSING: run `make environment`")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     typer.echo(f"devices: {', '.join(devices) or 'no GPU'}; CPU with {torch.get_num_threads()} threads")
-    typer.echo(f"data root: {root.resolve()}" + ("" if root.is_dir() else " (does not exist; the embedded scenes need none)"))
+    typer.echo(
+        f"data root: {root.resolve()}" + ("" if root.is_dir() else " (does not exist; the embedded scenes need none)")
+    )
     present = data.found(root)
     for name in data.DATASETS:
-        typer.echo(f"  {name}: " + ("found" if name in present else f"absent, fetch it with `python -m data_prep {name}`"))
+        typer.echo(
+            f"  {name}: " + ("found" if name in present else f"absent, fetch it with `python -m data_prep {name}`")
+        )
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     typer.echo(f"free disk here: {free:.1f} GiB" + (" (a quick run needs about 1 GiB)" if free < 1 else ""))
 

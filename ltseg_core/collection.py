@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from ltseg_core import config
 from ltseg_core.config import UserError, choose
+from ltseg_core.notebook import Notebook, read, source_hash, to_html, write
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -46,6 +45,11 @@ class Result:
     error: str | None = None
     """One sentence: cell and exception, or why the notebook was skipped."""
 
+    @property
+    def failed(self) -> bool:
+        """It failed or was skipped."""
+        return self.error is not None
+
 
 # ------------------------------------------------------------------------------------------ the collection
 
@@ -59,7 +63,9 @@ def notebooks(folder: str | os.PathLike[str] | None = None) -> list[Notebook]:
     folder = Path(folder) if folder else PACKAGE.parent / "notebooks"
     found = [read(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
     if not found:
-        raise UserError(f"no notebooks NN_name.ipynb in {folder}: run from a clone of the repository")
+        raise UserError(
+            f"no notebooks NN_name.ipynb in {folder}: run from a clone of the repository, or name their folder"
+        )
     names = [notebook.name for notebook in found]
     for notebook in found:
         for need in notebook.needs:
@@ -87,20 +93,6 @@ def select(names: Iterable[str] | None, available: Sequence[Notebook]) -> list[N
             raise UserError(f"notebook {name!r} fits {', '.join(matches)}: give its number")
         chosen.add(matches[0] if matches else choose("notebook", name, [n.name for n in available]))
     return [n for n in available if n.name in chosen]
-
-
-def parse_parameters(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["seeds=[0, 1]", "lr=0.1"]` as {name: value}; values are YAML. Raises UserError."""
-    values = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise UserError(f"parameter {pair!r} must be written name=value, e.g. seeds=[0,1]")
-        try:
-            values[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"parameter {name.strip()}: {text!r} is not a valid YAML value") from None
-    return values
 
 
 def _parameters(chosen: Sequence[Notebook], given: Mapping[str, Any], profile: str) -> dict[str, dict[str, Any]]:
@@ -146,7 +138,7 @@ def run(
     parameters: Mapping[str, Any] | None = None,
     jobs: int = 0,
     scheduler: str | None = None,
-    runs: str | os.PathLike[str] = "runs",
+    runs: str | os.PathLike[str] | None = None,
     figures: str | os.PathLike[str] | None = None,
     data_root: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
@@ -159,7 +151,8 @@ def run(
     parameters: injected into each notebook that declares them, like `profile`
     jobs: notebooks at a time, each with cores // jobs threads; 0: as many as there are cores or notebooks
     scheduler: address of a Dask cluster whose workers see the same file system; `jobs` then has no effect
-    runs, figures (default out/figures), data_root: reach the notebooks as LTSEG_RUNS, LTSEG_FIGURES, LTSEG_DATA
+    runs (default $LTSEG_RUNS or ./runs), figures (default out/figures), data_root (default $LTSEG_DATA or ./data):
+        reach the notebooks as LTSEG_RUNS, LTSEG_FIGURES, LTSEG_DATA
     timeout: seconds one notebook may take
     A failure stops only the notebooks that need the failed one. Ctrl-C stops the kernels, keeps what has
     finished and raises KeyboardInterrupt.
@@ -167,12 +160,13 @@ def run(
     """
     if jobs < 0 or (timeout is not None and not timeout > 0):
         raise UserError(f"jobs must be >= 0 and timeout > 0 seconds, got {jobs} and {timeout}")
+    profile = choose("profile", profile, config.PROFILES)
     available = notebooks(folder)
     chosen = _with_needs(select(names, available), available)
     values = _parameters(chosen, parameters or {}, profile)
     out = Path(out).expanduser().resolve()
     env = {
-        "LTSEG_RUNS": str(Path(runs).expanduser().resolve()),
+        "LTSEG_RUNS": str(Path(runs or os.environ.get("LTSEG_RUNS") or "runs").expanduser().resolve()),
         "LTSEG_FIGURES": str(Path(figures or out / "figures").expanduser().resolve()),
         "LTSEG_DATA": str(config.data_root(data_root).resolve()),
     }
@@ -221,6 +215,10 @@ def launch(task: Mapping[str, Any]) -> dict[str, Any]:
     Stops it when `task["alive"]` disappears or the time is over. The process reads its task from a pipe and
     takes the end of that pipe for the death of its caller.
     """
+    if not os.path.exists(task["alive"]):
+        return {"state": "failed", "error": "interrupted"}
+    status_file = Path(task["out"], "status", f"{task['name']}.json")
+    status_file.unlink(missing_ok=True)  # what it says from here on, this execution has written
     threads = str(task["threads"] or _worker_threads())
     env = {
         **{name: value for name, value in os.environ.items() if name != "MPLBACKEND"},  # would hide figures
@@ -261,13 +259,14 @@ def launch(task: Mapping[str, Any]) -> dict[str, Any]:
         log.seek(0)
         last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
     status = _status(Path(task["out"]), task["name"])
-    if status.get("key") == task["key"] and status.get("state") in ("finished", "failed"):
+    if status.get("state") in ("finished", "failed"):
         return status
-    cell = f"cell {status['cell']}: " if status.get("key") == task["key"] and status.get("cell") else ""
-    reason = stopped or f"its process ended with code {child.returncode} (-9: out of memory?) {last}".strip()
+    cell = f"cell {status['cell']}: " if status.get("cell") else ""
+    died = "was killed (out of memory?)" if child.returncode < 0 else f"ended: {last}"
+    reason = stopped or f"the process {died}"
     status = {"state": "failed", "wall_s": time.monotonic() - begin, "error": cell + reason}
-    with contextlib.suppress(OSError):
-        write(Path(task["out"], "status", f"{task['name']}.json"), json.dumps(status, indent=1))
+    with contextlib.suppress(UserError):
+        write(status_file, json.dumps(status, indent=1))
     return status
 
 
@@ -317,20 +316,21 @@ def _run_graph(
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                     name, bar = running.pop(future)
                     bars.remove_task(bar)
-                    error = future.exception()
-                    status = {"state": "failed", "error": _sentence(error)} if error else future.result()
-                    finish(name, status["state"], status)
+                    try:
+                        ended = future.result()
+                    except Exception as error:  # e.g. the Dask worker was lost
+                        ended = {"state": "failed", "error": _sentence(error)}
+                    finish(name, ended["state"], ended)
                 for name, bar in running.values():
                     status = _status(Path(tasks[name]["out"]), name)
-                    if status.get("key") == tasks[name]["key"]:
-                        bars.update(bar, completed=status.get("cell", 0), total=status.get("cells"))
-    except KeyboardInterrupt:
+                    bars.update(bar, completed=status.get("cell", 0), total=status.get("cells"))
+    except BaseException:
         alive.unlink()  # stops every process that `launch` watches, here or on the cluster
         for future in running:
             future.cancel()
         wait(running, timeout=20)
         raise
-    for notebook in chosen:  # in number order a need may come later: repeat the question until nothing changes
+    for notebook in chosen:
         if notebook.name not in results:
             failed = [n for n in _needed(notebook, by_name) if n in results and results[n].state == "failed"]
             finish(notebook.name, "skipped", {"error": f"needs {', '.join(failed)}, which failed"})
@@ -344,12 +344,13 @@ def _executor(jobs: int, scheduler: str | None) -> Iterator[Executor]:
         return
     from distributed import Client
 
-    try:
-        with Client(scheduler, timeout=5, set_as_default=False) as client:
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(Client(scheduler, timeout=5, set_as_default=False))
             client.wait_for_workers(1, timeout=30)
-            yield client.get_executor(pure=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise UserError(f"no Dask scheduler with workers at {scheduler}: {_sentence(error)}") from None
+        except (OSError, TimeoutError, ValueError) as error:
+            raise UserError(f"no Dask scheduler with workers at {scheduler}: {_sentence(error)}") from None
+        yield client.get_executor(pure=False)
 
 
 def _worker_threads() -> int:
@@ -391,12 +392,20 @@ def _claimed(out: Path, *folders: Path) -> Iterator[Path]:
 # --------------------------------------------------------------------------------- what is up to date
 
 
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _code(package: Path) -> str:
+    files = [p for p in sorted(package.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+    return _sha([(p.relative_to(package).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
+
+
 def _keys(chosen: Sequence[Notebook], values: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
     """A hash for each notebook of everything that its outputs depend on."""
-    code = [p for p in sorted(PACKAGE.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
     data = Path(env["LTSEG_DATA"])
     surroundings = [
-        [(str(p.relative_to(PACKAGE)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in code],
+        _code(PACKAGE),
         sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions()),
         [sys.version, env],
         sorted(p.name for p in data.iterdir()) if data.is_dir() else [],  # a data set that arrives is used
@@ -438,6 +447,20 @@ def _sentence(error: BaseException) -> str:
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
+def report(out: str | os.PathLike[str]) -> Path:
+    """Build HTML pages and index again from the executed notebooks in `out`; return the path of the index."""
+    import nbformat
+
+    out = Path(out)
+    executed = sorted((out / "notebooks").glob("*.ipynb"))
+    if not executed:
+        raise UserError(f"no executed notebooks in {out / 'notebooks'}: run `ltseg run --out {out}` first")
+    for path in executed:
+        write(out / "html" / f"{path.stem}.html", to_html(nbformat.read(path, as_version=4), path))
+    write(out / "index.html", _index(out, [read(path) for path in executed], {}))
+    return out / "index.html"
+
+
 def _index(out: Path, available: Sequence[Notebook], results: Mapping[str, Result]) -> str:
     rows = []
     for n in available:
@@ -477,7 +500,7 @@ def _execute(task: Mapping[str, Any]) -> None:
     partial, figures = out / "partial" / f"{name}.ipynb", Path(task["env"]["LTSEG_FIGURES"])
     nb = nbformat.read(task["path"], as_version=4)
     cells = sum(c.cell_type == "code" and bool(c.source.strip()) for c in nb.cells) + bool(task["parameters"])
-    status = {"key": task["key"], "state": "running", "cell": 0, "cells": cells}
+    status: dict[str, Any] = {"key": task["key"], "state": "running", "cell": 0, "cells": cells}
     begin, before = time.monotonic(), _modified(figures)
 
     def save(**changes: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ class Notebook:
 
 
 def read(path: Path) -> Notebook:
-    """Raises UserError if `path` is not a notebook or one of its parameters is no plain literal."""
+    """The notebook at `path`. Raises UserError if it is none, or one of its parameters is no plain literal."""
     nb = _load(path)
     text = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
     heading = re.search(r"^#+\s+(.+?)\s*$", text, re.MULTILINE)
@@ -152,10 +153,14 @@ def check_published(notebook: str | os.PathLike[str]) -> str | None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write so that, whatever interrupts it, `path` holds the old or the new text."""
+    """Whatever interrupts it, `path` holds the old or the new text. Raises UserError, e.g. on a full disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

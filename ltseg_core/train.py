@@ -74,8 +74,10 @@ def fit(
         return run
     _check_tracker(tracker)
     if os.environ.get("LTSEG_TRAIN") == "0":
-        raise UserError(f"no finished run of {experiment.method} on {experiment.dataset} (seed {experiment.seed}) in "
-                        f"{final.parent}, and LTSEG_TRAIN=0 forbids training: run the notebooks first, `ltseg run`")
+        raise UserError(
+            f"no finished run of {experiment.method} on {experiment.dataset} (seed {experiment.seed}) in "
+            f"{final.parent}, and LTSEG_TRAIN=0 forbids training: run the notebooks first, `ltseg run`"
+        )
 
     def train() -> None:
         Training(experiment, final.with_suffix(".partial"), data_root, tracker, workers, progress).run()

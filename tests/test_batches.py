@@ -10,7 +10,9 @@ from ltseg_core.data.batches import Batch, BatchOrder, Draw, augment, collate, d
 
 
 def plain_draw(count, *, zoom=1.0, flip=0.0, place=0.0):
-    return Draw(torch.full((count,), zoom), torch.full((count, 2), place), torch.full((count,), flip), torch.ones(count, 3))
+    return Draw(
+        torch.full((count,), zoom), torch.full((count, 2), place), torch.full((count,), flip), torch.ones(count, 3)
+    )
 
 
 def pictures(count=3, height=12, width=20, seed=0):
@@ -98,7 +100,9 @@ def test_recolour_closed_forms():
     assert torch.allclose(grey[:, 0], grey[:, 2], atol=1e-6)
     flat = recolour(image, ones * torch.tensor([1, 0.0, 1]))
     luma = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).mean((1, 2))
-    assert torch.allclose((flat * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).mean((1, 2)), luma, atol=1e-5)
+    assert torch.allclose(
+        (flat * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1).mean((1, 2)), luma, atol=1e-5
+    )
 
 
 def test_draw_ranges():

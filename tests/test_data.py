@@ -16,7 +16,11 @@ from ltseg_core.data.folders import CAMVID, CCP, distinct_colours
 def test_folder_pairs_and_classes(folder):
     root = folder(train=3, val=2, classes=4)
     train = data.load(str(root), "train")
-    assert (len(train), train.classes, train.names) == (3, ("thing 0", "thing 1", "thing 2", "thing 3"), ["000", "001", "002"])
+    assert (len(train), train.classes, train.names) == (
+        3,
+        ("thing 0", "thing 1", "thing 2", "thing 3"),
+        ["000", "001", "002"],
+    )
     image, label = train[1]
     with Image.open(root / "train/images/001.png") as picture:
         assert np.array_equal(image.permute(1, 2, 0), picture)

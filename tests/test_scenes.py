@@ -226,6 +226,7 @@ def test_power_is_exact_to_its_tolerance():
         ({"images": 12.5}, "images must be a whole number"),
         ({"size": 96}, r"size must be \(height, width\), got 96"),
         ({"size": (96, 20)}, r"size must be a whole number in \[48, 1024\], got 20"),
+        ({"size": (128, 64)}, "size must have a width of 0.75 to 4 heights"),
         ({"classes": 7}, r"classes must be a whole number in \[8, 24\], got 7"),
         ({"classes": 25}, "classes"),
         ({"seed": -1}, "seed"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -45,12 +46,15 @@ def same(a, b):
 
 
 def test_plain_sgd_run_equals_a_loop_written_by_hand(tiny):
-    e = tiny(optimizer="sgd", lr=0.01, weight_decay=1e-3, encoder_lr_factor=0.5, warmup_steps=2)
+    e = tiny(optimizer="sgd", lr=1e-3, weight_decay=1e-3, encoder_lr_factor=0.5, warmup_steps=2)
     run = fit(e)
     train = data.load(e.dataset, "train")
     torch.manual_seed(e.seed)
     network = build_model(e.architecture, e.encoder, 4)
-    encoder, rest = list(network.encoder.parameters()), [*network.decoder.parameters(), *network.classifier.parameters()]
+    encoder, rest = (
+        list(network.encoder.parameters()),
+        [*network.decoder.parameters(), *network.classifier.parameters()],
+    )
     buffers = {p: None for p in encoder + rest}
     network.train()
     for step, indices in enumerate(BatchOrder(range(6), 2, 0, start=0, stop=4)):
@@ -59,7 +63,7 @@ def test_plain_sgd_run_equals_a_loop_written_by_hand(tiny):
         image, target = augment(batch, chosen, None)
         torch.manual_seed(generator(e.seed, step, 0).initial_seed())
         nn.functional.cross_entropy(network(image).logits, target, ignore_index=255).backward()
-        lr = 0.01 * min(1, (step + 1) / 2) * (1 - step / 4) ** 0.9
+        lr = 1e-3 * min(1, (step + 1) / 2) * (1 - step / 4) ** 0.9
         with torch.no_grad():
             for group, factor in ((encoder, 0.5), (rest, 1.0)):
                 for p in group:
@@ -70,7 +74,7 @@ def test_plain_sgd_run_equals_a_loop_written_by_hand(tiny):
                     p -= lr * factor * buffers[p]
                     p.grad = None
     for name, tensor in network.state_dict().items():
-        assert torch.allclose(weights(run)[name], tensor, rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(weights(run)[name], tensor, atol=2e-5), name
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tiny, tmp_path):
@@ -107,25 +111,16 @@ def test_run_directory_is_complete_and_consistent(tiny):
 def test_training_reduces_the_loss(tiny):
     history = fit(tiny(steps=30, lr=5e-3, scale_range=(1, 1))).history
     loss = history[history["metric"] == "loss"]["value"].to_numpy()
-    assert loss[-5:].mean() < 0.6 * loss[:5].mean()
-
-
-KILLED = """
-import json, sys
-from ltseg_core.config import Experiment
-from ltseg_core.train import fit
-import torch
-torch.set_num_threads(1)
-print("ready", flush=True)
-fit(Experiment.from_dict(json.loads(sys.argv[1])), progress=False)
-"""
+    assert loss[-5:].mean() < 0.75 * loss[:5].mean()
 
 
 def _start(experiment, runs):
-    return subprocess.Popen(
-        [sys.executable, "-c", KILLED, experiment.to_json()],
-        env={**os.environ, "LTSEG_RUNS": str(runs)}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    """Train in a forked process: it starts at once, with everything imported."""
+    process = multiprocessing.get_context("fork").Process(
+        target=fit, args=(experiment,), kwargs={"runs": runs, "progress": False}
+    )
+    process.start()
+    return process
 
 
 @pytest.mark.slow
@@ -136,13 +131,10 @@ def test_killed_at_random_moments_gives_the_undisturbed_weights(tiny, tmp_path, 
     runs, rng, kills = tmp_path / "killed", random.Random(7), 0
     while results.find(e, runs) is None:
         process = _start(e, runs)
-        process.stdout.readline()
-        try:
-            process.wait(timeout=rng.uniform(0.5, 4) if kills < 4 else 100)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            kills += 1
-        process.wait()
+        process.join(timeout=rng.uniform(0.1, 1.5) if kills < 5 else 100)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
     assert kills > 0
     killed = results.find(e, runs)
     assert same(weights(whole), weights(killed))
@@ -158,8 +150,9 @@ def test_interrupt_keeps_the_checkpoint_and_the_next_call_resumes(tiny, tmp_path
     deadline = time.time() + 60
     while not checkpoint.exists() and time.time() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) != 0
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=30)
+    assert process.exitcode not in (0, None)
     assert checkpoint.exists()
     assert results.find(e, tmp_path) is None
 
@@ -180,7 +173,9 @@ def test_truncated_checkpoint_is_named(tiny, tmp_path, monkeypatch):
 
 
 def test_diverging_loss_says_where_and_what_to_try(tiny):
-    with pytest.raises(UserError, match=r"the loss of ce \(seed 0\) is (nan|inf) at step \d+: try a lower lr \(now 1e\+30\)"):
+    with pytest.raises(
+        UserError, match=r"the loss of ce \(seed 0\) is (nan|inf) at step \d+: try a lower lr \(now 1e\+30\)"
+    ):
         fit(tiny(optimizer="sgd", lr=1e30, steps=8))
 
 
@@ -235,7 +230,9 @@ def test_run_of_another_version_is_refused_and_kept(tiny):
 def test_two_callers_train_once(tiny, tmp_path):
     e = tiny(steps=20)
     processes = [_start(e, tmp_path) for _ in range(2)]
-    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    for process in processes:
+        process.join(timeout=60)
+    assert [p.exitcode for p in processes] == [0, 0]
     assert (tmp_path / e.key() / "log.txt").read_text().count("finished") == 1
 
 
@@ -256,12 +253,10 @@ def test_two_processes_give_the_metrics_of_one(tiny, tmp_path):
     one = fit(e, runs=tmp_path / "one")
     path = tmp_path / "e.json"
     path.write_text(e.to_json())
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ltseg_core.cli", "train", str(path)]  # fmt: skip
-    done = subprocess.run(
-        launch, env={**os.environ, "LTSEG_RUNS": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "ltseg_core.cli", "train", str(path)]
+    settings = {"LTSEG_RUNS": str(tmp_path / "two"), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(launch, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     two = results.find(e, tmp_path / "two")
     assert two.environment["processes"] == 2

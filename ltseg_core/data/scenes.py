@@ -57,7 +57,7 @@ class Scenes(SegmentationDataset):
 
     split         "train", "val" or "test": disjoint streams of random numbers
     images        number of images, >= 4; None: 400, 100, 200 for train, val, test
-    size          (height, width) in pixels, each in [48, 1024]
+    size          (height, width) in pixels, each in [48, 1024]; width / height in [0.75, 4]
     classes       8 to 24: six kinds of stuff, then things from common to rare
     seed          in [0, 2^32). The same arguments give the same bytes everywhere
     pixel_tail    wanted ratio of the pixels of the largest class to those of the rarest, [20, 5000]
@@ -100,6 +100,8 @@ class Scenes(SegmentationDataset):
         self.style = choose("style", style, ("day", "night"))
         count = IMAGES[self.split] if images is None else images
         self.height, self.width = (_in_range("size", v, 48, 1024, whole=True) for v in _pair(size))
+        if not 0.75 <= self.width / self.height <= 4:
+            raise UserError(f"size must have a width of 0.75 to 4 heights, got {self.height, self.width}")
         num_classes = _in_range("classes", classes, len(STUFF) + 2, len(STUFF) + len(THINGS), whole=True)
         self.seed = _in_range("seed", seed, 0, 2**32 - 1, whole=True)
         self.object_scale = _in_range("object_scale", object_scale, 0.3, 3)

@@ -1,0 +1,382 @@
+"""Confusion counts and scores against slow references, scikit-learn and torchmetrics; intervals by hand."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import t as student
+from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
+
+from ltseg_core import metrics
+from ltseg_core.metrics import ConfusionCounts, image_interval, paired_interval, seed_interval
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def maps(seed, classes=5, shape=(3, 7, 9), ignored=0.2, ignore_index=255):
+    """pred, target: half of the pixels agree; the last class never occurs."""
+    rng = np.random.default_rng(seed)
+    target = rng.integers(0, classes - 1, shape)
+    pred = np.where(rng.random(shape) < 0.5, target, rng.integers(0, classes - 1, shape))
+    target[rng.random(shape) < ignored] = ignore_index
+    return torch.from_numpy(pred), torch.from_numpy(target)
+
+
+def counted(pred, target, classes=5, ignore_index=255):
+    counts = ConfusionCounts(classes, ignore_index)
+    counts.update(pred, target)
+    return counts
+
+
+def slow_counts(pred, target, classes, ignore_index=255):
+    counts = np.zeros((len(pred), classes, classes), int)
+    for n in range(len(pred)):
+        for p, t in zip(pred[n].flatten().tolist(), target[n].flatten().tolist(), strict=True):
+            if t != ignore_index:
+                counts[n, t, p] += 1
+    return counts
+
+
+def random_counts(shape, classes, seed=0):
+    return np.random.default_rng(seed).integers(0, 50, (*shape, classes, classes))
+
+
+# --- ConfusionCounts
+
+
+def test_two_by_two_image():
+    """STYLE's example: of three classes one is absent, and leaves the mean. IoU 1/2 and 2/3: mean 0.58."""
+    counts = counted(torch.tensor([[[0, 1], [1, 1]]]), torch.tensor([[[0, 1], [0, 1]]]), classes=3)
+    assert counts.counts.tolist() == [[[1, 1, 0], [0, 2, 0], [0, 0, 0]]]
+    np.testing.assert_allclose(counts.iou(), [1 / 2, 2 / 3, np.nan])
+    np.testing.assert_allclose(counts.acc(), [1 / 2, 1, np.nan])
+    np.testing.assert_allclose(counts.precision(), [1, 2 / 3, np.nan])
+    np.testing.assert_allclose(counts.dice(), [2 / 3, 4 / 5, np.nan])
+    assert counts.miou() == pytest.approx(7 / 12)
+    assert counts.macc() == pytest.approx(3 / 4)
+    assert counts.pixel_acc() == pytest.approx(3 / 4)
+    assert counts.dice_error() == pytest.approx(1 - 11 / 15)
+    assert metrics.class_mean(counts.iou()) == (pytest.approx(7 / 12), 2)
+
+
+@pytest.mark.parametrize("ignore_index", [5, 11, 254, 255])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"])
+def test_counts_equal_a_per_pixel_loop(dtype, ignore_index):
+    if dtype == "int8" and ignore_index > 127:
+        pytest.skip("the value does not fit")
+    pred, target = maps(0, ignore_index=ignore_index)
+    typed = [torch.from_numpy(x.numpy().astype(dtype)) for x in (pred, target)]
+    counts = counted(*typed, ignore_index=ignore_index)
+    assert np.array_equal(counts.counts, slow_counts(pred, target, 5, ignore_index))
+    assert counts.counts.dtype == torch.int32
+    assert counts.total().dtype == torch.int64
+
+
+@pytest.mark.parametrize("classes", [1, 2, 150, 255])
+def test_every_number_of_classes(classes):
+    generator = torch.Generator().manual_seed(0)
+    pred, target = torch.randint(classes, (2, 2, 40, 40), generator=generator).to(torch.uint8)
+    target[:, 0] = 255
+    assert np.array_equal(counted(pred, target, classes).counts, slow_counts(pred, target, classes))
+
+
+def test_batches_are_joined_in_order():
+    pred, target = maps(1, shape=(5, 4, 6))
+    counts = ConfusionCounts(5)
+    assert counts.counts.shape == (0, 5, 5)
+    assert np.isnan(counts.miou())
+    counts.update(pred[:2], target[:2])
+    assert len(counts.counts) == 2  # reading in between changes nothing
+    counts.update(pred[2:4, :2, :3], target[2:4, :2, :3])  # another image size
+    counts.update(pred[4:], target[4:])
+    expected = slow_counts(pred, target, 5)
+    expected[2:4] = slow_counts(pred[2:4, :2, :3], target[2:4, :2, :3], 5)
+    assert np.array_equal(counts.counts, expected)
+    assert np.array_equal(counts.total(), expected.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *(("pred", value) for value in (5, 255, -1, 256, 2**40)),
+        *(("target", value) for value in (5, 254, -1, 256, 256 + 3, -100)),
+    ],
+)
+def test_values_out_of_range_are_named_on_reading(where, value, dtype):
+    if dtype == torch.uint8 and not 0 <= value <= 255:
+        pytest.skip("the value does not fit")
+    pred, target = (x.to(dtype) for x in maps(2))
+    {"pred": pred, "target": target}[where][1, 2, 3] = value
+    counts = counted(*(x.to(dtype) for x in maps(0)))
+    counts.update(pred, target)
+    counts.update(*(x.to(dtype) for x in maps(0)))
+    for read in (counts.miou, counts.iou, counts.total):
+        with pytest.raises(ValueError, match=rf"^{where} must be a class in \[0, 4\].*, got {value}$"):
+            read()
+
+
+def test_prediction_out_of_range_at_an_ignored_pixel_is_noticed():
+    counts = counted(torch.tensor([[[7]]]), torch.tensor([[[255]]]))
+    with pytest.raises(ValueError, match="got 7"):
+        counts.miou()
+
+
+def test_another_ignore_index_leaves_255_invalid():
+    counts = counted(torch.zeros(1, 1, 2, dtype=torch.uint8), torch.tensor([[[11, 255]]]).byte(), 11, 11)
+    with pytest.raises(ValueError, match=r"or 11 \(ignored\), got 255"):
+        counts.miou()
+
+
+def test_wrong_arguments():
+    pred, target = maps(0)
+    counts = ConfusionCounts(5)
+    for bad in ((pred[0], target[0]), (pred, target[:, 1:]), (pred[:0], target[:0])):
+        with pytest.raises(ValueError, match=r"one shape \(B, H, W\), got"):
+            counts.update(*bad)
+    for bad in ((pred.float(), target), (pred, target > 0)):
+        with pytest.raises(TypeError, match="must be an integer tensor, got torch"):
+            counts.update(*bad)
+    for classes in (0, 256):
+        with pytest.raises(ValueError, match=rf"\[1, 255\], got {classes}"):
+            ConfusionCounts(classes)
+    for ignore_index in (-100, 4, 256):
+        with pytest.raises(ValueError, match=rf"= \[5, 255\], got {ignore_index}"):
+            ConfusionCounts(5, ignore_index)
+
+
+@given(seeds)
+@settings(max_examples=25, deadline=None)
+def test_sum_of_images_is_the_count_of_all(seed):
+    pred, target = maps(seed)
+    assert torch.equal(
+        counted(pred, target).total(), counted(pred.view(1, 7, -1), target.view(1, 7, -1)).counts[0].long()
+    )
+
+
+@given(seeds)
+@settings(max_examples=25, deadline=None)
+def test_ignored_pixels_change_nothing(seed):
+    pred, target = maps(seed)
+    more = torch.full_like(target, 255)
+    extended = counted(torch.cat([pred, pred], 1), torch.cat([target, more], 1))
+    assert torch.equal(extended.counts, counted(pred, target).counts)
+
+
+@given(seeds, st.permutations(range(5)))
+@settings(max_examples=25, deadline=None)
+def test_permuting_classes_permutes_results(seed, order):
+    pred, target = maps(seed)
+    new = torch.tensor([*order, *[255] * 251])
+    before, after = counted(pred, target), counted(new[pred], new[target])
+    for name in ("iou", "acc", "precision", "dice"):
+        np.testing.assert_array_equal(getattr(after, name)()[list(order)], getattr(before, name)())
+    for name in ("miou", "macc", "pixel_acc", "dice_error"):
+        assert getattr(after, name)() == pytest.approx(getattr(before, name)(), abs=1e-12)
+
+
+# --- scores
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_equal_scikit_learn(seed):
+    pred, target = maps(seed)
+    valid = target != 255
+    p, t = pred[valid].numpy(), target[valid].numpy()
+    counts = counted(pred, target)
+    assert np.array_equal(counts.total(), confusion_matrix(t, p, labels=range(5)))
+    for ours, theirs in (
+        (counts.iou, jaccard_score),
+        (counts.acc, recall_score),
+        (counts.precision, precision_score),
+        (counts.dice, f1_score),
+    ):
+        expected = theirs(t, p, labels=range(4), average=None)
+        np.testing.assert_allclose(ours()[:4], expected, rtol=1e-12)
+        assert torch.isnan(ours()[4])
+    weighted = jaccard_score(t, p, average="weighted")
+    assert float(metrics.weighted_iou(counts.total())) == pytest.approx(weighted, rel=1e-12)
+
+
+@pytest.mark.slow  # importing torchmetrics takes seconds
+def test_scores_equal_torchmetrics():
+    classification = pytest.importorskip("torchmetrics.functional.classification")
+    pred, target = maps(4, classes=6, shape=(4, 20, 20))
+    theirs = classification.multiclass_jaccard_index(pred, target, 6, average=None, ignore_index=255)
+    torch.testing.assert_close(counted(pred, target, 6).iou().nan_to_num().float(), theirs)
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_numpy_and_torch_and_leading_axes_agree(name):
+    counts = random_counts((2, 3), 4)
+    counts[..., 3, :] = counts[..., :, 3] = 0
+    metric = metrics.METRICS[name]
+    result = metric(counts)
+    assert result.dtype == np.float64
+    from_torch = metric(torch.from_numpy(counts))
+    assert isinstance(from_torch, torch.Tensor)
+    np.testing.assert_allclose(from_torch, result, rtol=1e-12)
+    np.testing.assert_allclose(metric(metrics.marginals(counts)), result, rtol=0)
+    one_by_one = [[metric(image) for image in row] for row in counts]
+    np.testing.assert_allclose(one_by_one, result, rtol=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_identity_of_iou_acc_and_precision(seed):
+    counts = np.random.default_rng(seed).integers(1, 1000, (6, 6))
+    inverse = 1 / metrics.acc(counts) + 1 / metrics.precision(counts) - 1
+    np.testing.assert_allclose(1 / metrics.iou(counts), inverse, rtol=1e-12)
+
+
+def test_absent_classes():
+    only_predicted = np.array([[3, 0, 1], [0, 0, 0], [0, 0, 0]])  # class 1 absent, class 2 predicted in error
+    np.testing.assert_array_equal(metrics.iou(only_predicted), [0.75, np.nan, 0])
+    np.testing.assert_array_equal(metrics.acc(only_predicted), [0.75, np.nan, np.nan])
+    np.testing.assert_array_equal(metrics.precision(only_predicted), [1, np.nan, 0])
+    assert metrics.miou(only_predicted) == 0.375
+    assert metrics.macc(only_predicted) == 0.75
+    empty = np.zeros((3, 3))
+    for metric in metrics.METRICS.values():
+        assert np.isnan(metric(empty)).all()
+
+
+def test_group_means():
+    scores = np.array([0.9, 0.5, np.nan, 0.3])
+    means = metrics.group_means(scores, ["head", "body", "body", "body"])
+    assert means["head"] == (0.9, 1)
+    assert means["body"] == (pytest.approx(0.4), 2)
+    assert np.isnan(means["tail"].value)
+    assert means["tail"].classes == 0
+    as_tensor = metrics.group_means(torch.from_numpy(scores), ["head", "body", "body", "body"])
+    assert as_tensor["body"] == (pytest.approx(0.4), 2)
+    with pytest.raises(ValueError, match=r"shape \(2,\), one per group name, got \(4,\)"):
+        metrics.group_means(scores, ["head", "tail"])
+    with pytest.raises(ValueError, match="got 'medium'"):
+        metrics.group_means(scores, ["head", "medium", "tail", "tail"])
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy])
+def test_uniform_test_equals_repeated_pixels(convert):
+    """Dividing row k by n_k is the same as repeating the pixels until every class has equally many."""
+    counts = np.array([[6, 2, 0], [1, 1, 0], [0, 0, 0]])
+    repeated = np.array([[6, 2, 0], [4, 4, 0], [0, 0, 0]])
+    rates = metrics.uniform_test(convert(counts))
+    np.testing.assert_allclose(rates, [[0.75, 0.25, 0], [0.5, 0.5, 0], [0, 0, 0]])
+    np.testing.assert_allclose(metrics.iou(rates), metrics.iou(repeated))
+    np.testing.assert_array_equal(metrics.acc(rates), metrics.acc(counts))
+
+
+def test_counts_must_be_square():
+    for bad in (np.zeros((3, 2)), np.zeros(3), torch.zeros(2, 3, 4)):
+        for function in (metrics.iou, metrics.uniform_test):
+            with pytest.raises(ValueError, match=r"must have shape \(\.\.\., C, C\), got"):
+                function(bad)
+
+
+# --- intervals
+
+
+@pytest.mark.parametrize("metric", [metrics.miou, metrics.iou, metrics.pixel_acc])
+def test_paired_interval_equals_a_slow_loop(metric):
+    a, b = random_counts((3, 6), 4, 1), random_counts((3, 6), 4, 2)
+    a[:, 1:, 3, :] = a[:, 1:, :, 3] = 0  # class 3 lives in image 0 only: NaN in some resamples
+    replicates = 200
+    rng = np.random.default_rng(7)
+    images = rng.integers(6, size=(replicates, 6))
+    chosen = rng.integers(3, size=(replicates, 3))
+
+    def score(x, seeds, images):
+        return np.nanmean([metric(x[s][images].sum(0)) for s in seeds], axis=0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing but NaN
+        samples = [score(a, s, i) - score(b, s, i) for s, i in zip(chosen, images, strict=True)]
+        expected = np.nanquantile(samples, [0.05, 0.95], axis=0)
+    got = paired_interval(a, b, metric, replicates=replicates, confidence=0.9, seed=7)
+    np.testing.assert_allclose(got[0], score(a, range(3), range(6)) - score(b, range(3), range(6)), rtol=1e-12)
+    np.testing.assert_allclose(got[1:], expected, rtol=1e-9, atol=1e-12)
+    assert isinstance(got[0], np.ndarray if metric is metrics.iou else float)
+
+
+def test_paired_interval_is_paired():
+    """Images differ wildly in difficulty, b is a little worse on each: the difference has no spread to speak of."""
+    hits = np.random.default_rng(0).integers(10, 90, (1, 40))
+    right = np.stack([np.stack([hits, 100 - hits], -1), np.stack([100 - hits, hits], -1)], -2)
+    wrong = np.array([[-1, 1], [1, -1]])
+    difference, low, high = paired_interval(right, right + wrong, metrics.pixel_acc)
+    assert difference == pytest.approx(0.01)
+    assert (low, high) == pytest.approx((0.01, 0.01))
+    assert paired_interval(right, right) == (0, 0, 0)
+    value, low, high = image_interval(right[0], metrics.pixel_acc)
+    assert low < value - 0.05 < value + 0.05 < high
+
+
+def test_image_interval_matches_the_binomial():
+    """Images of one pixel: pixel accuracy is a share of hits; its interval has the width of the normal one."""
+    hit = np.random.default_rng(0).random(800) < 0.3
+    counts = np.zeros((800, 2, 2), int)
+    counts[np.arange(800), 0, np.where(hit, 0, 1)] = 1
+    value, low, high = image_interval(torch.from_numpy(counts), metrics.pixel_acc)
+    assert value == hit.mean()
+    half = 1.96 * np.sqrt(value * (1 - value) / 800)
+    assert (low, high) == pytest.approx((value - half, value + half), abs=0.1 * half)
+    per_class = image_interval(counts, metrics.acc, replicates=50)
+    assert per_class[0].shape == per_class[1].shape == (2,)
+    assert np.isnan(per_class[2][1])
+
+
+def test_seed_spread_enters_the_paired_interval():
+    rng = np.random.default_rng(0)
+    a = np.tile(random_counts((1, 30), 3, 1), (4, 1, 1, 1))
+    b = a + rng.integers(0, 200, (4, 1, 3, 3))  # each seed of b errs in its own way
+    single = np.subtract(*paired_interval(a[:1], b[:1])[:0:-1])
+    several = paired_interval(a, b)
+    assert several[2] - several[1] > 0
+    without_spread = paired_interval(a, np.tile(b[:1], (4, 1, 1, 1)))
+    assert without_spread[2] - without_spread[1] == pytest.approx(single, rel=0.1)
+    assert several[2] - several[1] > 1.3 * single
+
+
+def test_marginals_may_be_given_instead_of_counts():
+    a, b = random_counts((2, 5), 4, 1), random_counts((2, 5), 4, 2)
+    assert paired_interval(metrics.marginals(a), metrics.marginals(b), replicates=50) == paired_interval(
+        a, b, replicates=50
+    )
+
+
+def test_one_image_or_seed_has_no_interval():
+    one = random_counts((1, 1), 3)
+    assert np.isnan(image_interval(one[0])[1:]).all()
+    assert np.isnan(paired_interval(one, one)[1:]).all()
+    np.testing.assert_array_equal(seed_interval([0.3]), (0.3, np.nan, np.nan))
+    low = seed_interval(np.ones((1, 4)))[1]
+    assert low.shape == (4,)
+    assert np.isnan(low).all()
+
+
+def test_seed_interval_is_student_t():
+    values = [0.1, 0.4, 0.3]
+    expected = student.interval(0.9, 2, loc=np.mean(values), scale=np.std(values, ddof=1) / np.sqrt(3))
+    assert seed_interval(values, confidence=0.9) == pytest.approx((np.mean(values), *expected))
+    columns = seed_interval(np.stack([values, values], 1), confidence=0.9)
+    np.testing.assert_allclose(columns[1], [expected[0]] * 2)
+    with pytest.raises(ValueError, match="at least one value per seed"):
+        seed_interval([])
+
+
+def test_intervals_refuse():
+    a = random_counts((2, 5), 4)
+    for b in (a[:1], a[:, 1:], random_counts((2, 5), 3)):
+        with pytest.raises(ValueError, match=r"same seeds, images and classes, got 2 x 5 x 4 and"):
+            paired_interval(a, b)
+    with pytest.raises(ValueError, match=r"expected counts of shape \(S, N, C, C\)"):
+        paired_interval(a[0], a[0])
+    with pytest.raises(ValueError, match=r"expected counts of shape \(N, C, C\)"):
+        image_interval(a[0, :0])
+    with pytest.raises(ValueError, match="replicates must be >= 1, got 0"):
+        image_interval(a[0], replicates=0)
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 1"):
+        paired_interval(a, a, confidence=1)
