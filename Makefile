@@ -2,7 +2,6 @@
 PYTHON ?= python3
 JOBS ?= 0
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
-UV_VERSION := 0.9.0
 BIN := .venv/bin
 
 .PHONY: reproduce test quicktest smoke figures lint lock clean environment
@@ -28,8 +27,8 @@ figures: environment  ## regenerate figures/ from finished runs
 environment: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
-	@test -x "$(UV)" || command -v "$(UV)" >/dev/null || { $(PYTHON) -m venv .uv && .uv/bin/pip install --quiet "uv>=$(UV_VERSION)"; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ltseg needs Python >= 3.11; $(PYTHON) is older. Use: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ltseg needs Python >= 3.11; $(PYTHON) is older or missing. Use: make PYTHON=python3.12 ..."; exit 2; }
+	@command -v $(UV) >/dev/null || { $(PYTHON) -m venv .uv && .uv/bin/pip install --quiet --require-hashes -r requirements-uv.lock; }
 	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv
 	$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
@@ -38,6 +37,8 @@ environment: .venv/installed
 lock:  ## refresh requirements.lock from pyproject.toml
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--extra dev --upgrade pyproject.toml -o requirements.lock
+	echo uv | $(UV) pip compile - --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--no-annotate --upgrade -o requirements-uv.lock
 
 clean:
 	rm -rf out runs .venv .uv

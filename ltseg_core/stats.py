@@ -107,7 +107,7 @@ def count_classes(dataset: SegmentationDataset, workers: int | None = None) -> C
 
     Raises UserError for an empty data set and for a label value that is neither a class nor ignore_index.
     """
-    histograms = _histograms(dataset, workers)
+    histograms = _per_image(dataset, dataset.histogram, workers)
     return ClassCounts(torch.from_numpy(histograms.sum(0, dtype=np.int64)), torch.from_numpy((histograms > 0).sum(0)))
 
 
@@ -119,7 +119,7 @@ def component_counts(dataset: SegmentationDataset, workers: int | None = None) -
 
 def mask_sizes(dataset: SegmentationDataset, workers: int | None = None) -> pd.DataFrame:
     """One row for each class present in an image: image (its name), class_id, pixels."""
-    histograms = _histograms(dataset, workers)
+    histograms = _per_image(dataset, dataset.histogram, workers)
     image, class_id = histograms.nonzero()
     names = np.asarray(dataset.names)[image]
     return pd.DataFrame({"image": names, "class_id": class_id, "pixels": histograms[image, class_id]})
@@ -129,20 +129,6 @@ def image_imbalance(sizes: pd.DataFrame) -> pd.DataFrame:
     """Per image of `mask_sizes`: image, classes (number present), largest, smallest (pixels), ratio of the two."""
     table = sizes.groupby("image", sort=False)["pixels"].agg(classes="size", largest="max", smallest="min")
     return table.assign(ratio=table["largest"] / table["smallest"]).reset_index()
-
-
-def _histograms(dataset: SegmentationDataset, workers: int | None) -> np.ndarray:
-    """Pixels of each class in each image, (N, C) int32.
-
-    A data set may count its stored label map itself, `histogram(index)` -> 256 numbers, without ever holding it
-    as an array of remapped values: `label` on a folder takes twice as long as decoding, that a third more.
-    """
-
-    def count(index: int) -> list[int]:
-        # PIL counts uint8 values twice as fast as np.bincount, which first casts them to int64
-        return Image.fromarray(dataset.label(index)).histogram()
-
-    return _per_image(dataset, getattr(dataset, "histogram", count), workers)
 
 
 def _per_image(dataset: SegmentationDataset, count: Callable[[int], Sequence[int]], workers: int | None) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +101,7 @@ class FolderDataset(SegmentationDataset):
             self.names = [self.names[i] for i in keep]
         spec = spec or _read_spec(root)
         self.classes, self.palette = spec.classes, np.array(spec.palette, dtype=np.uint8)
+        self._ignored = spec.ignored
         self._remap = np.full(256, _INVALID, dtype=np.uint8)
         self._remap[: len(spec.classes)] = np.arange(len(spec.classes))
         self._remap[[spec.ignored, IGNORE_INDEX]] = IGNORE_INDEX
@@ -123,18 +125,34 @@ class FolderDataset(SegmentationDataset):
     def image(self, index: int) -> np.ndarray:
         """RGB image, (H, W, 3) uint8."""
         name = self.names[index]
-        return _decode(self.folder / "images" / (name + self._suffix[name]), "RGB")
+        with _opened(self.folder / "images" / (name + self._suffix[name])) as picture:
+            return np.array(picture.convert("RGB"))
+
+    def _label_path(self, index: int) -> Path:
+        return self.folder / "labels" / f"{self.names[index]}.png"
 
     def label(self, index: int) -> np.ndarray:
-        path = self.folder / "labels" / f"{self.names[index]}.png"
-        label = self._remap[_decode(path, None)]
+        path = self._label_path(index)
+        with _opened(path) as picture:
+            values = _label_values(picture, path)
+        label = self._remap[values]
         if (label == _INVALID).any():
-            value = np.setdiff1d(_decode(path, None), np.flatnonzero(self._remap != _INVALID))[0]
             raise UserError(
-                f"{path} has the value {value}, which is no class of {self.name} (0..{len(self.classes) - 1}, ignore 255):"
-                " correct the label or list the class in classes.csv"
+                f"{path} has the value {values[label == _INVALID][0]}, which is no class of {self.name}"
+                f" (0..{len(self.classes) - 1}, ignore 255): correct the label or list the class in classes.csv"
             )
         return label
+
+    def histogram(self, index: int) -> list[int]:
+        path = self._label_path(index)
+        with _opened(path) as picture:
+            if picture.mode not in ("L", "P"):
+                return super().histogram(index)
+            values = picture.histogram()  # never held as an array: that would cost as much as decoding
+        if self._ignored != IGNORE_INDEX:
+            values[IGNORE_INDEX] += values[self._ignored]
+            values[self._ignored] = 0
+        return values
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = self.image(index), self.label(index)
@@ -149,29 +167,30 @@ class FolderDataset(SegmentationDataset):
 _INVALID = 254  # marks values that are no class; so at most 254 classes
 
 
-def _decode(path: Path, mode: str | None) -> np.ndarray:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture at `path`; whatever goes wrong while it is read becomes a UserError that names it."""
     try:
         with Image.open(path) as picture:
-            if mode is None and len(picture.getbands()) > 1:
-                raise UserError(
-                    f"{path} has {len(picture.getbands())} channels ({picture.mode}): a label map has one channel of class"
-                    " indices; convert colours to indices first"
-                )
-            if mode is None and picture.mode not in ("L", "P", "1"):
-                picture = picture.convert("I") if picture.mode.startswith("I") else picture
-                values = np.asarray(picture)
-                if values.min() < 0 or values.max() > 255:
-                    raise UserError(f"{path} has values up to {values.max()}: class indices must be below 255")
-                return values.astype(np.uint8)
-            return np.array(picture.convert(mode) if mode else picture, dtype=np.uint8)
+            yield picture
     except FileNotFoundError:
         raise UserError(f"{path} has disappeared") from None
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for broken PNG chunks
-        if isinstance(error, UserError):
-            raise
+    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNG chunks
+        raise UserError(f"{path} cannot be decoded ({error}): truncated or corrupt, fetch it again") from None
+
+
+def _label_values(picture: Image.Image, path: Path) -> np.ndarray:
+    """The stored values of a label map, (H, W) uint8."""
+    bands = picture.getbands()
+    if len(bands) > 1:
         raise UserError(
-            f"{path} cannot be decoded ({error}): the file is truncated or corrupt; fetch it again"
-        ) from None
+            f"{path} has {len(bands)} channels ({picture.mode}): a label map has one channel of class indices;"
+            " convert colours to indices first"
+        )
+    values = np.asarray(picture)
+    if values.max(initial=0) > 255:  # 16-bit PNG
+        raise UserError(f"{path} has values up to {values.max()}: class indices must be below 255")
+    return values.astype(np.uint8, copy=False)
 
 
 def _read_spec(root: Path) -> Spec:
@@ -194,5 +213,6 @@ def _read_spec(root: Path) -> Spec:
 
 
 def _largest_class(path: Path) -> int:
-    values = _decode(path, None)
+    with _opened(path) as picture:
+        values = _label_values(picture, path)
     return int(values[values != IGNORE_INDEX].max(initial=0))
