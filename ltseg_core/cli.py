@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog="First time? [bold]ltseg doctor[/] says what this machine has, [bold]ltseg run 00[/] runs the first notebook.",
+    epilog="First time? [bold]ltseg doctor[/] says what this machine has, [bold]ltseg run 00[/] starts the tour.",
 )
 
 DataRoot = Annotated[

@@ -217,6 +217,7 @@ _PRETRAINED = {
     "weight_decay": 1e-2,
     "warmup_steps": 50,
 }
+_GPU = {"batch_size": 16, "precision": "bf16"}
 PROFILES = {
     p.name: p
     for p in (
@@ -242,7 +243,7 @@ PROFILES = {
             "camvid",
             "CamVid at full size: the real study, one GPU",
             (0, 1, 2, 3, 4),
-            _PRETRAINED | {"dataset": "camvid", "steps": 3000, "batch_size": 16, "precision": "bf16", "eval_every": 500},
+            _PRETRAINED | _GPU | {"dataset": "camvid", "steps": 3000, "eval_every": 500},
         ),
         Profile(
             "ccp_cpu",
@@ -254,7 +255,7 @@ PROFILES = {
             "ccp",
             "Clothing Co-Parsing at full size, one GPU",
             (0, 1, 2, 3, 4),
-            _PRETRAINED | {"dataset": "ccp", "steps": 6000, "batch_size": 16, "precision": "bf16", "eval_every": 1000},
+            _PRETRAINED | _GPU | {"dataset": "ccp", "steps": 6000, "eval_every": 1000},
         ),
     )
 }

@@ -246,7 +246,7 @@ class ConfusionCounts:
         return float(dice_error(self.total()))
 
 
-def image_interval(
+def interval(
     counts: Array | Marginals,
     metric: Callable[[Array | Marginals], Array] = miou,
     *,
@@ -254,16 +254,17 @@ def image_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[Any, Any, Any]:
-    """Score of one run with its bootstrap percentile interval over images: (value, low, high).
+    """Score of one method with its bootstrap percentile interval: (value, low, high).
 
-    counts: (N, C, C) per image;  metric: a function of this module. Floats, or (C,) arrays for a per-class
-    metric. Resamples in which the score is NaN are left out; NaN limits for fewer than two images.
+    counts: (S, N, C, C) per training seed and test image, or their marginals;  metric: a function of this module.
+    The score is the mean over seeds of the metric over all images (seeds where it is NaN left out). Each replicate
+    resamples images and seeds; with one seed the interval covers the images only. Floats, or (C,) arrays for a
+    per-class metric. Resamples in which the score is NaN are left out; NaN limits where neither images nor seeds
+    can be resampled.
     """
-    m = _stacked(counts, ndim=2, shape="(N, C, C)")
-    value = metric(Marginals(*m.sum(1)))
-    drawn = _weights(np.random.default_rng(seed), replicates, m.shape[1])
-    samples = metric(Marginals(*np.matmul(drawn, m)))
-    return _with_limits(value, samples, confidence, resampled=m.shape[1] > 1)
+    m = _stacked(counts)
+    value, samples = _score(m, metric, *_draws(m, replicates, seed))
+    return _with_limits(value, samples, confidence, resampled=max(m.shape[1:3]) > 1)
 
 
 def paired_interval(
@@ -277,33 +278,37 @@ def paired_interval(
 ) -> tuple[Any, Any, Any]:
     """Difference a - b of two methods with its paired bootstrap interval: (difference, low, high).
 
-    a, b: (S, N, C, C) counts per training seed and test image, in the same order of seeds and images, or their
-    marginals. A method's score is the mean over seeds of the metric over all images (seeds where it is NaN left
-    out). Each replicate resamples images and seeds, both alike for the two methods; with one seed the interval
-    covers the images only. Floats, or (C,) arrays for a per-class metric. Resamples with a NaN are left out;
-    NaN limits where neither images nor seeds can be resampled.
-    Raises ValueError for different or other shapes.
+    As `interval`, each replicate resampling images and seeds alike for the two methods, which therefore must come
+    in the same order of seeds and images. Raises ValueError for different or other shapes.
     """
-    both = [_stacked(x, ndim=3, shape="(S, N, C, C)") for x in (a, b)]
+    both = [_stacked(x) for x in (a, b)]
     if both[0].shape != both[1].shape:
         (s, n, c), (s2, n2, c2) = (x.shape[1:] for x in both)
         raise ValueError(
             "a and b must come from the same seeds, images and classes, got "
             f"{s} x {n} x {c} and {s2} x {n2} x {c2} (seeds x images x classes)"
         )
-    seeds, images = both[0].shape[1:3]
+    draws = _draws(both[0], replicates, seed)
+    (value_a, samples_a), (value_b, samples_b) = (_score(m, metric, *draws) for m in both)
+    resampled = max(both[0].shape[1:3]) > 1
+    return _with_limits(value_a - value_b, samples_a - samples_b, confidence, resampled=resampled)
+
+
+def _draws(m: np.ndarray, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each image, (R, N), and each seed, (R, S), is drawn in each replicate."""
     rng = np.random.default_rng(seed)
-    drawn_images, drawn_seeds = _weights(rng, replicates, images), _weights(rng, replicates, seeds)
+    return _weights(rng, replicates, m.shape[2]), _weights(rng, replicates, m.shape[1])
 
-    def score(m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        value = _nanmean(np.moveaxis(metric(Marginals(*m.sum(2))), 0, -1))
-        scores = np.moveaxis(metric(Marginals(*np.matmul(drawn_images, m))), 0, -1)  # (R, [C,] S)
-        weights = drawn_seeds.reshape(replicates, *[1] * (scores.ndim - 2), seeds)
-        present = ~np.isnan(scores)
-        return value, _ratio((weights * np.nan_to_num(scores)).sum(-1), (weights * present).sum(-1))
 
-    (value_a, samples_a), (value_b, samples_b) = map(score, both)
-    return _with_limits(value_a - value_b, samples_a - samples_b, confidence, resampled=max(seeds, images) > 1)
+def _score(
+    m: np.ndarray, metric: Callable[[Array | Marginals], Array], images: np.ndarray, seeds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds of the metric, () or (C,), and its replicates, (R,) or (R, C). m: (3, S, N, C)."""
+    value = _nanmean(np.moveaxis(metric(Marginals(*m.sum(2))), 0, -1))
+    scores = np.moveaxis(metric(Marginals(*np.matmul(images, m))), 0, -1)  # (R, [C,] S)
+    weights = seeds.reshape(len(seeds), *[1] * (scores.ndim - 2), -1)
+    present = ~np.isnan(scores)
+    return value, _ratio((weights * np.nan_to_num(scores)).sum(-1), (weights * present).sum(-1))
 
 
 def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) -> tuple[Any, Any, Any]:
@@ -322,11 +327,11 @@ def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) 
     return _plain(mean), _plain(mean - half), _plain(mean + half)
 
 
-def _stacked(counts: Array | Marginals, *, ndim: int, shape: str) -> np.ndarray:
-    """TP, FP, FN as one float64 array (3, ..., C): C instead of C^2 numbers per image."""
+def _stacked(counts: Array | Marginals) -> np.ndarray:
+    """TP, FP, FN as one float64 array (3, S, N, C): C instead of C^2 numbers per image."""
     m = np.stack([v.cpu().numpy() if isinstance(v, Tensor) else v for v in marginals(counts)])
-    if m.ndim != ndim + 1 or 0 in m.shape:
-        raise ValueError(f"expected counts of shape {shape}, none of them 0, got marginals of shape {m.shape[1:]}")
+    if m.ndim != 4 or 0 in m.shape:
+        raise ValueError(f"expected counts of shape (S, N, C, C), none of them 0, got marginals of shape {m.shape[1:]}")
     return m
 
 

@@ -55,10 +55,13 @@ class SegmentationNetwork(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, scaling: Scaling = IMAGENET) -> None:
+    def __init__(self, model: Any, scaling: Scaling = IMAGENET) -> None:
         super().__init__()
-        self.encoder, self.decoder = model.encoder, model.decoder
+        self.encoder: Any = model.encoder
+        self.decoder: Any = model.decoder
         head = model.segmentation_head
+        self.classifier: Any
+        self.stride: int
         self.is_dpt = not isinstance(head, nn.Sequential)
         if self.is_dpt:  # its head is conv, norm, ReLU, dropout, Conv2d; it halves the encoder's last map once more
             self.neck, self.classifier, self.stride = (

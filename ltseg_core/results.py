@@ -50,12 +50,18 @@ class Run:
         """Versions, device, seconds."""
         return json.loads((self.path / "environment.json").read_text())
 
+    @cached_property
+    def _classes(self) -> tuple[stats.ClassCounts, list[str]]:
+        return stats.read_counts(self.path / "classes.csv")
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names."""
+        return self._classes[1]
+
     def counts(self) -> stats.ClassCounts:
         """Class counts of the labelled training images."""
-        table = pd.read_parquet(self.path / "classes.parquet")
-        return stats.ClassCounts(
-            torch.tensor(table["train_pixels"].to_numpy()), torch.tensor(table["train_images"].to_numpy())
-        )
+        return self._classes[0]
 
     def confusion(self, split: str) -> np.ndarray:
         """Confusion counts per image, (N, C, C) int32, rows: label, columns: prediction."""
@@ -64,11 +70,11 @@ class Run:
                 raise UserError(f"{self.path} has no confusion counts of split {split!r}, only {', '.join(file)}")
             return file[split]
 
-    def network(self, data_root: str | os.PathLike[str] | None = None) -> torch.nn.Module:
+    def network(self) -> torch.nn.Module:
         """The trained network in evaluation mode, on the CPU."""
         e = self.experiment
-        network = build_model(e.architecture, e.encoder, len(self.counts().pixels), **e.model_options)
-        network = build_method(e.method, network, self.counts(), e.hyper)[-1].network
+        plain = build_model(e.architecture, e.encoder, len(self.classes), **e.model_options)
+        network = build_method(e.method, plain, self.counts(), e.hyper)[-1].network
         network.load_state_dict(load_file(self.path / "model.safetensors"))
         return network.eval()
 
@@ -97,8 +103,8 @@ def find(experiment: Experiment, runs: str | os.PathLike[str] | None = None) -> 
         raise UserError(f"{path} is damaged ({error!r}): delete it and run again") from None
     if version != FORMAT:
         raise UserError(
-            f"{path} was written in run format {version}, this version reads format {FORMAT}: move it away or delete it,"
-            " then run again"
+            f"{path} was written in run format {version}, this version reads format {FORMAT}: move it away or delete"
+            " it, then run again"
         )
     return Run(path, Experiment.from_dict(stored["experiment"]))
 
@@ -160,21 +166,3 @@ def tidy_metrics(
         tables.append(pd.DataFrame(rows, columns=["class_id", "class", "group", "metric", "value", "split"]))
     table = pd.concat(tables, ignore_index=True).astype({"value": "float64"})
     return table[["split", "class_id", "class", "group", "metric", "value"]]
-
-
-def compare(runs: Iterable[Run]) -> pd.DataFrame:
-    """All metrics of several runs in one tidy table, with columns run, dataset, method, label, seed before them."""
-    frames = []
-    for run in runs:
-        e = run.experiment
-        columns = {
-            "run": e.key(),
-            "dataset": e.dataset,
-            "method": e.method,
-            "hyper": json.dumps(e.hyper),
-            "seed": e.seed,
-        }
-        frames.append(run.metrics.assign(**columns)[[*columns, *run.metrics.columns]])
-    if not frames:
-        raise UserError("no runs to compare: train some first, e.g. `ltseg train --method ce`")
-    return pd.concat(frames, ignore_index=True)

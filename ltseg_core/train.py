@@ -42,7 +42,7 @@ from ltseg_core.data.batches import (
     loader,
     recolour,
 )
-from ltseg_core.methods import Stage, build_method
+from ltseg_core.methods import METHODS, Stage, build_method
 from ltseg_core.models import build_model
 from ltseg_core.results import Run
 
@@ -72,6 +72,7 @@ def fit(
     final = results.runs_folder(runs) / experiment.key()
     if run := results.find(experiment, runs):
         return run
+    choose("method", experiment.method, METHODS)
     _check_tracker(tracker)
     if os.environ.get("LTSEG_TRAIN") == "0":
         raise UserError(
@@ -307,11 +308,11 @@ class Training:
             loss, evaluations = state.loss, state.evaluations
             if state.teacher is not None:  # what is evaluated is what the next stage starts from
                 state.learner.network.load_state_dict(state.teacher.state_dict())
-        network = stages[-1].network.to(self.device)
-        confusion = {split: self._confusion(network, test_set) for split, test_set in self.test_sets.items()}
+        final = stages[-1].network.to(self.device)
+        confusion = {split: self._confusion(final, test_set) for split, test_set in self.test_sets.items()}
         self.bar.close()
         if self.main:
-            self._store(network, loss, evaluations, confusion, whole.classes, counts, started)
+            self._store(final, loss, evaluations, confusion, whole.classes, counts, started)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -455,7 +456,7 @@ class Training:
         }
         for name, table in tables.items():
             table.to_parquet(folder / f"{name}.parquet", index=False)
-        np.savez_compressed(folder / "confusion.npz", **confusion)
+        np.savez_compressed(folder / "confusion.npz", allow_pickle=False, **confusion)
         state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in network.state_dict().items()}
         save_file(state, folder / "model.safetensors")
         environment = describe_environment(self.device) | {
@@ -527,7 +528,7 @@ def learning_rate_factor(e: Experiment, step: int, steps: int) -> float:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, buffers that are no floats copied (Tarvainen & Valpola 2017)."""
+    """teacher <- decay * teacher + (1 - decay) * student, counters copied (Tarvainen & Valpola 2017)."""
     own, new = list(teacher.state_dict().values()), list(student.state_dict().values())
     floats = [(t, s) for t, s in zip(own, new, strict=True) if t.is_floating_point()]
     torch._foreach_lerp_([t for t, _ in floats], [s for _, s in floats], 1 - decay)

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
 
 from ltseg_core import metrics
-from ltseg_core.metrics import ConfusionCounts, image_interval, paired_interval, seed_interval
+from ltseg_core.metrics import ConfusionCounts, interval, paired_interval, seed_interval
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -310,20 +310,20 @@ def test_paired_interval_is_paired():
     assert difference == pytest.approx(0.01)
     assert (low, high) == pytest.approx((0.01, 0.01))
     assert paired_interval(right, right) == (0, 0, 0)
-    value, low, high = image_interval(right[0], metrics.pixel_acc)
+    value, low, high = interval(right, metrics.pixel_acc)
     assert low < value - 0.05 < value + 0.05 < high
 
 
-def test_image_interval_matches_the_binomial():
+def test_interval_matches_the_binomial():
     """Images of one pixel: pixel accuracy is a share of hits; its interval has the width of the normal one."""
     hit = np.random.default_rng(0).random(800) < 0.3
     counts = np.zeros((800, 2, 2), int)
     counts[np.arange(800), 0, np.where(hit, 0, 1)] = 1
-    value, low, high = image_interval(torch.from_numpy(counts), metrics.pixel_acc)
+    value, low, high = interval(torch.from_numpy(counts)[None], metrics.pixel_acc)
     assert value == hit.mean()
     half = 1.96 * np.sqrt(value * (1 - value) / 800)
     assert (low, high) == pytest.approx((value - half, value + half), abs=0.1 * half)
-    per_class = image_interval(counts, metrics.acc, replicates=50)
+    per_class = interval(counts[None], metrics.acc, replicates=50)
     assert per_class[0].shape == per_class[1].shape == (2,)
     assert np.isnan(per_class[2][1])
 
@@ -349,7 +349,7 @@ def test_marginals_may_be_given_instead_of_counts():
 
 def test_one_image_or_seed_has_no_interval():
     one = random_counts((1, 1), 3)
-    assert np.isnan(image_interval(one[0])[1:]).all()
+    assert np.isnan(interval(one)[1:]).all()
     assert np.isnan(paired_interval(one, one)[1:]).all()
     np.testing.assert_array_equal(seed_interval([0.3]), (0.3, np.nan, np.nan))
     low = seed_interval(np.ones((1, 4)))[1]
@@ -374,9 +374,9 @@ def test_intervals_refuse():
             paired_interval(a, b)
     with pytest.raises(ValueError, match=r"expected counts of shape \(S, N, C, C\)"):
         paired_interval(a[0], a[0])
-    with pytest.raises(ValueError, match=r"expected counts of shape \(N, C, C\)"):
-        image_interval(a[0, :0])
+    with pytest.raises(ValueError, match=r"expected counts of shape \(S, N, C, C\)"):
+        interval(a[:, :0])
     with pytest.raises(ValueError, match="replicates must be >= 1, got 0"):
-        image_interval(a[0], replicates=0)
+        interval(a, replicates=0)
     with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 1"):
         paired_interval(a, a, confidence=1)

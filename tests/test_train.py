@@ -94,7 +94,7 @@ def test_finished_run_is_returned_not_trained_again(tiny):
 def test_run_directory_is_complete_and_consistent(tiny):
     run = fit(tiny(eval_every=2))
     assert sorted(p.name for p in run.path.iterdir()) == [
-        "classes.parquet", "confusion.npz", "environment.json", "experiment.json", "history.parquet", "log.txt",
+        "classes.csv", "confusion.npz", "environment.json", "experiment.json", "history.parquet", "log.txt",
         "metrics.parquet", "model.safetensors",
     ]  # fmt: skip
     confusion = run.confusion("test")

@@ -93,8 +93,8 @@ class BatchOrder:
 def loader(dataset: SegmentationDataset, order: BatchOrder, *, workers: int) -> DataLoader[Batch]:
     """Batches in the given order; `workers` processes decode unless the data set is held in memory."""
     return DataLoader(
-        dataset,
-        batch_sampler=order,  # type: ignore[arg-type]
+        dataset,  # type: ignore[arg-type]  # of items, which collate turns into batches
+        batch_sampler=order,
         collate_fn=collate,
         num_workers=0 if isinstance(dataset, InMemory) else workers,
         pin_memory=torch.cuda.is_available(),

@@ -32,7 +32,10 @@ class Spec:
 
 
 CAMVID = Spec(
-    classes=tuple("Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()),
+    classes=(
+        "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian",
+        "Bicyclist",
+    ),
     palette=(
         (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192), (128, 128, 0),
         (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
@@ -87,7 +90,8 @@ class FolderDataset(SegmentationDataset):
         if not root.is_dir():
             hint = f"fetch it with `{spec.prepare} --root {root.parent}`" if spec else "check the path"
             raise UserError(
-                f"no data set {name!r} at {root}: {hint}, or point --data-root or LTSEG_DATA to the folder that holds it"
+                f"no data set {name!r} at {root}: {hint}, or point --data-root or LTSEG_DATA to the folder that"
+                " holds it"
             )
         splits = sorted(p.name for p in root.iterdir() if (p / "images").is_dir())
         if not splits:

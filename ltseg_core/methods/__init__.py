@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ class Stage:
     criterion: (Output, target) -> scalar; its own parameters are trained too and dropped after the stage
     share:     of the step budget; the shares of a method's stages sum to 1
     frozen:    modules kept fixed and in evaluation mode
+    prepare:   called once before the first step with the labelled training batches, unaugmented, each image
+               (B, 3, H, W) float in [0, 1] and target (B, H, W) int64, on the training device
     """
 
     name: str
@@ -29,6 +31,7 @@ class Stage:
     criterion: nn.Module
     share: float = 1.0
     frozen: tuple[nn.Module, ...] = ()
+    prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], None] | None = None
 
 
 class PixelCriterion(nn.Module):

@@ -1,0 +1,627 @@
+"""Every figure of the collection as a function of a table, in one style; `save_figure` writes it.
+
+Shares and scores are fractions in every table; the axes show percent, and percentage points for differences.
+Each `plot_*` draws on the axes given, else on new ones, and returns them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from itertools import chain, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from ltseg_core.config import IGNORE_INDEX, UserError
+from ltseg_core.data.folders import distinct_colours
+from ltseg_core.results import write_atomically
+from ltseg_core.stats import GROUPS, HEAD_SHARE, TAIL_SHARE, ClassCounts, groups
+
+if TYPE_CHECKING:  # matplotlib waits for the first figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WIDTH = 9.0
+"""Width of every figure in inches."""
+DPI = 100
+LABEL_PX = 11  # a class name, written upwards at 8 pt, needs this much of the axis
+RC = {
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.7,
+    "errorbar.capsize": 0,
+    "hatch.linewidth": 0.6,
+    "svg.hashsalt": "ltseg",  # ids that do not change from call to call
+    "pdf.fonttype": 42,
+}
+
+GROUP_COLOURS = {"head": "#2b3f77", "body": "#3a9d8f", "tail": "#f2a93b"}
+"""Dark to light, so that the order reads in grey too."""
+GROUP_MARKERS = {"head": "o", "body": "s", "tail": "^"}
+
+METHOD_LABELS = {
+    "ce": "cross-entropy",
+    "balanced_softmax": "balanced softmax",
+    "blv": "BLV",
+    "region_rebalance": "region rebalance",
+    "pat": "PAT",
+    "medoe": "MEDOE",
+    "disalign": "DisAlign",
+    "weighted_ce": "weighted CE",
+    "focal": "focal",
+    "cb": "class-balanced",
+    "cb_focal": "class-balanced focal",
+    "ldam": "LDAM",
+    "seesaw": "seesaw",
+    "logit_adjustment": "logit adjustment",
+    "lovasz": "Lovász",
+    "dice": "Dice",
+    "dice_ce": "Dice + CE",
+    "gcl": "GCL",
+    "grw_ce": "reweighted CE",
+    "crt": "cRT",
+    "lws": "LWS",
+    "tau_norm": "tau-norm",
+    "decoupled": "decoupled",
+    "ema": "EMA teacher",
+}
+"""Append only: the place of a method in this list is its colour, marker, line and hatch in every notebook."""
+METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pixel_acc": "pixel Acc"}
+
+_HUES = ("#444444", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#9a7d5a")  # Okabe-Ito
+_MARKERS = "osD^vPXphd*<>8"
+_LINES = ((0, ()), (0, (5, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||")
+
+
+class MethodStyle(NamedTuple):
+    colour: str
+    marker: str
+    line: Any
+    hatch: str
+    label: str
+
+
+def method_style(name: str) -> MethodStyle:
+    """The one look of a method in every notebook. A name without a place in the list gets one from its letters."""
+    known = list(METHOD_LABELS)
+    place = known.index(name) if name in known else len(known) + zlib.crc32(name.encode()) % 840
+    hue, shade = place % len(_HUES), place // len(_HUES)
+    return MethodStyle(
+        _shaded(_HUES[hue], (0.0, 0.45, -0.4)[shade % 3]),
+        _MARKERS[place % len(_MARKERS)],
+        _LINES[place % len(_LINES)],
+        _HATCHES[place % len(_HATCHES)],
+        METHOD_LABELS.get(name, name),
+    )
+
+
+def method_colour(name: str) -> str:
+    """The one colour of a method, "#rrggbb"."""
+    return method_style(name).colour
+
+
+def _shaded(colour: str, amount: float) -> str:
+    """`colour` mixed with white (amount > 0) or black (amount < 0)."""
+    target = 255 if amount > 0 else 0
+    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(c + abs(amount) * (target - c)):02x}" for c in channels)
+
+
+# ------------------------------------------------------------------------------------------ style and saving
+
+
+def style() -> Any:
+    """Context manager: everything made inside has the collection's style."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(RC)
+
+
+def _styled(function: Callable[P, R]) -> Callable[P, R]:
+    @wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with style():
+            return function(*args, **kwargs)
+
+    return inside
+
+
+@_styled
+def subplots(
+    rows: int = 1, columns: int = 1, *, height: float = 3.0, share_x: bool = False, share_y: bool = False
+) -> tuple[Figure, np.ndarray]:
+    """A figure of the fixed width and `height` inches, and its axes as an array (rows, columns)."""
+    import matplotlib.pyplot as plt
+
+    size = (WIDTH, height)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=share_x, sharey=share_y, squeeze=False)
+    return figure, axes
+
+
+def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Write `name`.png, .pdf and .svg into `folder` (default: $LTSEG_FIGURES, else ./figures); return the PNG.
+
+    Equal figures give equal bytes; an interrupted call leaves old or new files, never half a file.
+    Raises ValueError for a name that is not one word of letters, digits, "_", "-" and "."; UserError if the
+    folder cannot be written.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"a figure's name must be letters, digits, '_', '-' and '.', got {name!r}")
+    folder = Path(folder or os.environ.get("LTSEG_FIGURES") or "figures").expanduser()
+    unnamed = {
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+        "png": {"Software": None},
+    }
+    with style():
+        figure.draw_without_rendering()  # the layout settles: the first and the second call draw the same
+        for kind, metadata in unnamed.items():
+
+            def write(path: Path, kind: str = kind, metadata: Mapping[str, Any] = metadata) -> None:
+                figure.savefig(path, format=kind, metadata=metadata, dpi=DPI)
+
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / f"{name}.{kind}", write)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write {name}.{kind} to {folder}: {error.strerror}; set LTSEG_FIGURES"
+                ) from None
+    return folder / f"{name}.png"
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+def colourise(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Label map (H, W) in the colours of palette (C, 3): (H, W, 3) uint8, white where a pixel has no class."""
+    table = np.full((256, 3), 255, dtype=np.uint8)
+    table[: len(palette)] = palette
+    return table[label]
+
+
+@_styled
+def plot_samples(
+    images: Sequence[np.ndarray] | None,
+    labels: Sequence[np.ndarray],
+    palette: np.ndarray,
+    classes: Sequence[str],
+    *,
+    instances: Sequence[np.ndarray] | None = None,
+    titles: Sequence[str] = (),
+) -> np.ndarray:
+    """One column per sample: image, label map, instance mask, above a legend of the classes shown.
+
+    images: (H, W, 3) uint8 each, or None to show no photographs;  labels: (H, W) uint8 each
+    instances: (H, W) integers each, 0 on stuff. Returns the axes, (rows, samples).
+    """
+    rows: dict[str, list[np.ndarray]] = {"image": [*images]} if images is not None else {}
+    rows["label map"] = [colourise(label, palette) for label in labels]
+    if instances is not None:
+        rows["instances"] = [_instance_colours(mask) for mask in instances]
+    axes = _picture_grid(rows)
+    for ax, title in zip(axes[0], titles, strict=bool(titles)):
+        ax.set_title(title)
+    plot_label_legend(axes[0, 0].figure, palette, classes, labels)
+    return axes
+
+
+@_styled
+def plot_predictions(
+    images: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    predictions: Mapping[str, Sequence[np.ndarray]],
+    palette: np.ndarray,
+    classes: Sequence[str],
+) -> np.ndarray:
+    """One row per image: image, ground truth, then the prediction of each method; returns the axes.
+
+    predictions: method -> one (H, W) uint8 label map per image. Pixels without a label are white in the ground
+    truth; predictions are shown everywhere.
+    """
+    columns = {"image": list(images), "ground truth": [colourise(label, palette) for label in labels]}
+    for method, maps in predictions.items():
+        columns[method_style(method).label] = [colourise(m, palette) for m in maps]
+    axes = _picture_grid(dict(enumerate(zip(*columns.values(), strict=True))))
+    for ax, title in zip(axes[0], columns, strict=True):
+        ax.set_title(title)
+    plot_label_legend(axes[0, 0].figure, palette, classes, [*labels, *chain(*predictions.values())])
+    return axes
+
+
+@_styled
+def plot_label_legend(
+    figure: Figure, palette: np.ndarray, classes: Sequence[str], labels: Iterable[np.ndarray] | None = None
+) -> None:
+    """Legend of the class colours below the figure; with `labels`, only of the classes that occur in them."""
+    from matplotlib.patches import Patch
+
+    present = np.arange(len(classes)) if labels is None else np.unique(np.concatenate([x.ravel() for x in labels]))
+    entries = [
+        Patch(facecolor=palette[k] / 255, edgecolor="0.5", linewidth=0.5, label=_short(classes[k]))
+        for k in present[present < len(classes)]
+    ]
+    if IGNORE_INDEX in present:
+        entries.append(Patch(facecolor="white", edgecolor="0.5", linewidth=0.5, label="not labelled"))
+    longest = max((len(str(e.get_label())) for e in entries), default=1)
+    most = max(1, int(figure.get_figwidth() * 72 / (34 + 4.4 * longest)))  # columns that fit
+    lines = max(1, -(-len(entries) // most))
+    columns = max(1, -(-len(entries) // lines))
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns, handlelength=1.2, columnspacing=1.2)
+
+
+def _picture_grid(rows: Mapping[Any, Sequence[np.ndarray]]) -> np.ndarray:
+    """Pictures of the rows, all columns equally wide; a row's name, if it is text, stands at its left."""
+    pictures = list(rows.values())
+    ratio = [max(p.shape[0] / p.shape[1] for p in row) for row in pictures]
+    height = sum(ratio) * (WIDTH - 0.4) / len(pictures[0]) + 0.5
+    figure, axes = subplots(len(rows), len(pictures[0]), height=height)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
+    for name, row, line in zip(rows, pictures, axes, strict=True):
+        for picture, ax in zip(row, line, strict=True):
+            ax.imshow(picture, interpolation="nearest" if name != "image" else "auto")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        if isinstance(name, str):
+            line[0].set_ylabel(name)
+    return axes
+
+
+def _instance_colours(mask: np.ndarray) -> np.ndarray:
+    colours = np.array(distinct_colours(int(mask.max()) + 1), dtype=np.uint8)
+    colours[0] = 235  # stuff
+    return colours[mask]
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+@_styled
+def plot_class_shares(
+    counts: ClassCounts,
+    classes: Sequence[str],
+    ax: Axes | None = None,
+    *,
+    group: Sequence[str] | None = None,
+    legend: bool = True,
+) -> Axes:
+    """Share of pixels (filled, in the colour of the group) and of regions (open) of each class, by falling pixels.
+
+    A region is a class in an image (Region Rebalance), so both sets of shares sum to 1. Classes that never occur
+    have no place on a logarithmic axis: they are counted in a note. Dotted: the 1 % and 0.1 % that part the groups
+    if `group` is not given (`stats.groups`).
+    """
+    ax = subplots()[1][0, 0] if ax is None else ax
+    _same_length("classes", classes, counts.num_classes)
+    pixels = counts.pixel_share().numpy()
+    regions = counts.images.numpy() / counts.images.sum().item()
+    names = np.array(groups(counts) if group is None else group)
+    _same_length("group", names, counts.num_classes)
+    order = np.argsort(-pixels, kind="stable")
+    order = order[pixels[order] > 0]
+    x, size = np.arange(len(order)), 25 if len(order) < 40 else 9
+    ax.vlines(x, pixels[order], regions[order], color="0.8", linewidth=1, zorder=1)
+    for name in GROUPS:
+        mine = names[order] == name
+        look: dict[str, Any] = {"color": GROUP_COLOURS[name], "marker": GROUP_MARKERS[name], "s": size}
+        ax.scatter(x[mine], pixels[order][mine], label=f"pixels, {name}", zorder=3, linewidth=0, **look)
+    edge: dict[str, Any] = {"facecolor": "white", "edgecolor": "0.25", "linewidth": 0.8, "marker": "D"}
+    ax.scatter(x, regions[order], s=size * 0.6, label="regions (class in an image)", zorder=2, **edge)
+    if group is None:
+        for share in (HEAD_SHARE, TAIL_SHARE):
+            ax.axhline(share, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
+    if absent := counts.num_classes - len(order):
+        note = f"{absent} of {counts.num_classes} classes never occur"
+        ax.text(0.01, 0.03, note, transform=ax.transAxes, color="0.35", fontsize=8)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+    ax.set(ylabel="share (%)", xlabel="classes, by falling pixel count")
+    _class_ticks(ax, [classes[k] for k in order])
+    if legend:
+        ax.legend(loc="upper right", ncols=2, borderaxespad=0, handletextpad=0.2)
+    return ax
+
+
+@_styled
+def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Pixel and region imbalance factor of each data set, by falling pixel factor, and their ratio.
+
+    table: dataset, pixel, region (factors >= 1)
+    """
+    _columns(table, "dataset", "pixel", "region")
+    ax = subplots(height=0.9 + 0.33 * len(table))[1][0, 0] if ax is None else ax
+    table = table.sort_values("pixel", kind="stable")
+    y = np.arange(len(table))
+    ax.hlines(y, table["region"], table["pixel"], color="0.75", linewidth=1.5, zorder=1)
+    ax.scatter(table["pixel"], y, color=_HUES[2], s=40, label="pixels: largest / smallest class", zorder=3)
+    open_look: dict[str, Any] = {"facecolor": "white", "edgecolor": _HUES[0], "marker": "D"}
+    ax.scatter(table["region"], y, s=28, label="images with the class: most / fewest", zorder=3, **open_look)
+    for at, pixel, region in zip(y, table["pixel"], table["region"], strict=True):
+        note = f"{_number(pixel / region)} x"
+        ax.annotate(note, (np.sqrt(pixel * region), at), (0, 3), textcoords="offset points", ha="center", fontsize=7)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: _number(value))
+    ax.set(xlabel="imbalance factor", yticks=y, yticklabels=table["dataset"], ylim=(-0.6, len(table) - 0.3))
+    ax.grid(axis="x")
+    ax.legend(loc="lower right")
+    return ax
+
+
+@_styled
+def plot_image_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Share of images whose largest class has at least x times the pixels of their smallest, per data set.
+
+    table: dataset, ratio (one row per image). Each line is labelled at its median.
+    """
+    _columns(table, "dataset", "ratio")
+    ax = subplots()[1][0, 0] if ax is None else ax
+    for place, (name, rows) in enumerate(table.groupby("dataset", sort=False)):
+        ratio = np.sort(rows["ratio"].to_numpy())
+        left = 1 - np.arange(len(ratio)) / len(ratio)
+        look: dict[str, Any] = {
+            "color": _HUES[(2, 1, 0, 4, 5, 3, 6, 7)[place % 8]],
+            "linestyle": _LINES[place % len(_LINES)],
+        }
+        median = float(np.median(ratio))
+        ax.step(ratio, left, where="pre", label=f"{name}: median {_number(median)}", **look)
+        ax.plot(median, 0.5, marker=_MARKERS[place % len(_MARKERS)], color=look["color"], markersize=6)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: _number(value))
+    ax.yaxis.set_major_formatter(_percent)
+    ax.set(xlabel="pixels of the largest / of the smallest class in one image", ylabel="images with at least that (%)")
+    ax.set(ylim=(0, 1.02))
+    ax.grid()
+    ax.legend(loc="upper right")
+    return ax
+
+
+@_styled
+def plot_mask_sizes(
+    sizes: pd.DataFrame, classes: Sequence[str], ax: Axes | None = None, *, group: Sequence[str]
+) -> Axes:
+    """Pixels that a class has in an image that shows it: median, quartiles (thick), 5 to 95 % (thin).
+
+    sizes: table of `stats.mask_sizes`;  group: name of each class's group. Classes by falling pixels in all.
+    """
+    _columns(sizes, "class_id", "pixels")
+    _same_length("group", group, len(classes))
+    ax = subplots()[1][0, 0] if ax is None else ax
+    by_class = sizes.groupby("class_id")["pixels"]
+    order = by_class.sum().sort_values(ascending=False, kind="stable").index
+    q = by_class.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack().loc[order]
+    colours = [GROUP_COLOURS[group[k]] for k in order]
+    x = np.arange(len(order))
+    ax.vlines(x, q[0.05], q[0.95], color=colours, linewidth=1)
+    ax.vlines(x, q[0.25], q[0.75], color=colours, linewidth=4 if len(order) < 40 else 2)
+    for name in GROUPS:
+        mine = np.array([group[k] == name for k in order])
+        look: dict[str, Any] = {"marker": GROUP_MARKERS[name], "facecolor": "white", "edgecolor": GROUP_COLOURS[name]}
+        ax.scatter(x[mine], q[0.5].to_numpy()[mine], s=22 if len(order) < 40 else 10, zorder=3, label=name, **look)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: _number(value))
+    ax.set(ylabel="pixels in an image", xlabel="classes, by falling pixel count")
+    ax.grid(axis="y")
+    _class_ticks(ax, [classes[k] for k in order])
+    ax.legend(loc="upper right", ncols=3, borderaxespad=0, handletextpad=0.2)
+    return ax
+
+
+# ------------------------------------------------------------------------------------------------ comparisons
+
+
+@_styled
+def plot_history(
+    table: pd.DataFrame, ax: Axes | None = None, *, smooth: int | None = None, ylabel: str = "training loss"
+) -> Axes:
+    """A quantity over the steps: mean over seeds, the band from the lowest to the highest seed.
+
+    table: method, seed, step, value.  smooth: rows in the centred running mean of each seed; None: a twentieth
+    """
+    _columns(table, "method", "seed", "step", "value")
+    ax = subplots()[1][0, 0] if ax is None else ax
+    for method, rows in table.groupby("method", sort=False):
+        look = method_style(str(method))
+        seeds = rows.pivot(index="step", columns="seed", values="value").dropna()
+        window = smooth or max(1, len(seeds) // 20)
+        seeds = seeds.rolling(window, min_periods=1, center=True).mean()
+        label = f"{look.label}, {_plural(seeds.shape[1], 'seed')}"
+        ax.plot(seeds.index, seeds.mean(axis=1), color=look.colour, linestyle=look.line, label=label)
+        if seeds.shape[1] > 1:
+            ax.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=look.colour, alpha=0.2, lw=0)
+    ax.set(xlabel="optimiser step", ylabel=ylabel)
+    ax.grid()
+    ax.legend()
+    return ax
+
+
+@_styled
+def plot_per_class(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
+    """Score of each class with its interval, a panel per metric, classes by falling training pixels.
+
+    table: method, class_id, class, group, train_pixels, metric ("iou" or "acc"), value, low, high (fractions; NaN
+    limits draw no interval, a NaN value no dot). Returns the axes, (metrics,).
+    """
+    _columns(table, "method", "class_id", "class", "group", "train_pixels", "metric", "value", "low", "high")
+    shown = list(dict.fromkeys(table["metric"]))
+    axes = _panels(axes, (len(shown), 1), height=2.6)[:, 0]
+    classes = _by_frequency(table)
+    for metric, ax in zip(shown, axes, strict=True):
+        _dodged_dots(ax, table[table["metric"] == metric].set_index("class_id"), classes.index)
+        ax.set(ylabel=f"{METRIC_LABELS.get(metric, metric)} (%)")
+        _mark_groups(ax, classes["group"])
+    _class_axis(axes, classes)
+    _legend_above(axes[0])
+    return axes
+
+
+@_styled
+def plot_means(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Means of the methods side by side with their intervals, one place on the axis per metric.
+
+    table: method, metric ("miou", "macc", "head", ...), value, low, high (fractions)
+    """
+    _columns(table, "method", "metric", "value", "low", "high")
+    ax = subplots()[1][0, 0] if ax is None else ax
+    metrics = pd.Index(dict.fromkeys(table["metric"]))
+    _dodged_dots(ax, table.set_index("metric"), metrics)
+    ax.set(ylabel="score (%)", xticks=range(len(metrics)))
+    ax.set_xticklabels([METRIC_LABELS.get(m, m) for m in metrics])
+    ax.set_xlim(-0.5, len(metrics) - 0.5)
+    _legend_above(ax)
+    return ax
+
+
+@_styled
+def plot_deltas(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
+    """Change of each class's score, bars by falling training pixels with intervals; a row per method, a column
+    per metric. A bar is full where its interval leaves out 0, pale where it does not (or there is none).
+
+    table: method, class_id, class, group, train_pixels, metric ("iou" or "acc"), difference, low, high (fractions)
+    Returns the axes, (methods, metrics).
+    """
+    _columns(table, "method", "class_id", "class", "group", "train_pixels", "metric", "difference", "low", "high")
+    methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
+    axes = _panels(axes, (len(methods), len(metrics)), height=1.9)
+    classes = _by_frequency(table)
+    x = np.arange(len(classes))
+    for (i, method), (j, metric) in product(enumerate(methods), enumerate(metrics)):
+        ax, look = axes[i, j], method_style(method)
+        rows = table[(table["method"] == method) & (table["metric"] == metric)].set_index("class_id")
+        rows = rows.reindex(classes.index)
+        sure = (rows["low"] > 0) | (rows["high"] < 0)
+        faces = [look.colour if s else _shaded(look.colour, 0.7) for s in sure]
+        many = len(x) > 40
+        ax.bar(x, rows["difference"], color=faces, edgecolor=look.colour, linewidth=0 if many else 0.6, width=0.8)
+        ax.vlines(x, rows["low"], rows["high"], color="0.5" if many else "0.15", linewidth=0.5 if many else 0.9)
+        ax.axhline(0, color="0.15", linewidth=0.8)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}" if value else "0")
+        ax.set_title(f"{look.label}: Δ{METRIC_LABELS.get(metric, metric)}", pad=14 if i == 0 else 6)
+        ax.grid(axis="y")
+        _mark_groups(ax, classes["group"], names=i == 0)
+    for row in axes:
+        row[0].set_ylabel("points")
+    for column in axes.T:
+        _class_axis(column, classes)
+    return axes
+
+
+# ----------------------------------------------------------------------------------------------------- pieces
+
+
+def _dodged_dots(ax: Axes, table: pd.DataFrame, index: pd.Index) -> None:
+    """Dot and interval of each method at the places of `index`, side by side; a percent axis.
+
+    table: method, value, low, high, indexed like `index`
+    """
+    methods = list(dict.fromkeys(table["method"]))
+    step = 0.7 / len(methods)
+    x = np.arange(len(index))
+    for i, method in enumerate(methods):
+        look, rows = method_style(method), table[table["method"] == method].reindex(index)
+        at = x + step * (i - (len(methods) - 1) / 2)
+        ax.vlines(at, rows["low"], rows["high"], color=look.colour, linewidth=1.2 if len(index) < 40 else 0.6)
+        size = 5 if len(index) < 40 else 2.5
+        dots: dict[str, Any] = {"marker": look.marker, "linestyle": "", "markersize": size, "markeredgewidth": 0}
+        ax.plot(at, rows["value"], color=look.colour, label=look.label, **dots)
+    ax.yaxis.set_major_formatter(_percent)
+    ax.grid(axis="y")
+
+
+def _by_frequency(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per class, indexed by class_id, by falling training pixels."""
+    one = table.drop_duplicates("class_id").set_index("class_id")
+    return one.sort_values("train_pixels", ascending=False, kind="stable")
+
+
+def _panels(axes: np.ndarray | None, shape: tuple[int, int], *, height: float) -> np.ndarray:
+    """`axes` in the shape asked for, or new ones; `height` inches per row."""
+    if axes is None:
+        return subplots(*shape, height=height * shape[0] + 0.9, share_x=True, share_y=True)[1]
+    axes = np.asarray(axes)
+    if axes.size != shape[0] * shape[1]:
+        raise ValueError(f"expected {shape[0]} x {shape[1]} axes, got {axes.size}")
+    return axes.reshape(shape)
+
+
+def _class_axis(column: np.ndarray, classes: pd.DataFrame) -> None:
+    """Class names under the last panel of a column only."""
+    for ax in column:
+        _class_ticks(ax, list(classes["class"]))
+        ax.tick_params(labelbottom=ax is column[-1])
+    column[-1].set_xlabel("classes, by falling training pixels")
+
+
+def _class_ticks(ax: Axes, names: Sequence[str]) -> None:
+    """Names of the classes under the axis: all where they fit, else every second, third, ..."""
+    room = ax.get_position().width * ax.figure.get_figwidth() * DPI  # type: ignore[union-attr]
+    every = max(1, int(np.ceil(LABEL_PX * len(names) / room)))
+    ax.set_xticks(range(0, len(names), every), [_short(name) for name in names[::every]], rotation=90)
+    ax.set_xlim(-0.8, len(names) - 0.2)
+
+
+def _mark_groups(ax: Axes, group: pd.Series, *, names: bool = True) -> None:
+    """Where head, body and tail end, for classes sorted by frequency, and their names above the panel."""
+    values = group.to_numpy()
+    starts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1)]
+    for start, end in zip(starts, [*starts[1:], len(values)], strict=True):
+        if start:
+            ax.axvline(start - 0.5, color="0.5", linewidth=0.8, linestyle=":")
+        if names:
+            place = ((start + end - 1) / 2, 1.01)
+            ax.text(*place, values[start], transform=ax.get_xaxis_transform(), ha="center", color="0.35", fontsize=8)
+
+
+def _legend_above(ax: Axes) -> None:
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.07), borderaxespad=0, ncols=6, handletextpad=0.2)
+
+
+def _percent(value: float, _: Any) -> str:
+    return f"{100 * value:g}"
+
+
+def _number(value: float) -> str:
+    """Three digits at most where they suffice: 2.1, 25, 384,895."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
+def _short(name: str) -> str:
+    """The first synonym of a class name, at most 16 letters."""
+    first = name.split(";")[0].split(",")[0].strip()
+    return first if len(first) <= 16 else first[:15] + "…"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _columns(table: pd.DataFrame, *names: str) -> None:
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"the table lacks the column {missing[0]!r}: expected {', '.join(names)}")
+
+
+def _same_length(what: str, values: Sequence[Any] | np.ndarray, expected: int) -> None:
+    if len(values) != expected:
+        raise ValueError(f"{what} must have {expected} entries, one per class, got {len(values)}")
