@@ -4,7 +4,7 @@ JOBS ?= 0
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 BIN := .venv/bin
 
-.PHONY: reproduce test quicktest smoke figures lint lock clean environment
+.PHONY: reproduce test quicktest smoke publish figures lock clean environment
 
 reproduce: environment  ## run every notebook headless in the quick profile
 	$(BIN)/ltseg run --profile quick --out out/quick --jobs $(JOBS)
@@ -20,6 +20,10 @@ quicktest: environment  ## tests that neither train nor execute notebooks
 
 smoke: environment  ## every notebook, a few steps per run
 	$(BIN)/ltseg run --profile smoke --out out/smoke --jobs $(JOBS)
+
+publish: reproduce  ## store the executed notebooks, with the hash of their source, in notebooks/
+	$(BIN)/python -c "from pathlib import Path; from ltseg_core.notebook import publish; \
+		[publish(p, Path('notebooks', p.name)) for p in sorted(Path('out/quick/notebooks').glob('*.ipynb'))]"
 
 figures: environment  ## regenerate figures/ from finished runs
 	$(BIN)/ltseg figures --out figures

@@ -155,10 +155,10 @@ def _class_columns(run: Run, method: str, metric: str) -> pd.DataFrame:
 
 def histories(runs: Iterable[Run], metric: str = "loss") -> pd.DataFrame:
     """One quantity of the training histories: method, seed, step, value."""
-    frames = [
-        run.history.query("metric == @metric")[["step", "value"]].assign(method=label(run), seed=run.experiment.seed)
-        for run in runs
-    ]
+    frames = []
+    for run in runs:
+        rows = run.history[run.history["metric"] == metric]
+        frames.append(rows[["step", "value"]].assign(method=label(run), seed=run.experiment.seed))
     return pd.concat(frames, ignore_index=True)
 
 

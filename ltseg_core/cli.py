@@ -44,7 +44,7 @@ def _assignments(pairs: list[str] | None) -> dict[str, Any]:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"the value of -p {pair!r} is not valid YAML: {error}") from None
+            raise UserError(f"the value of -p {pair!r} is not valid YAML ({' '.join(str(error).split())})") from None
         outer, dot, inner = name.partition(".")
         if dot:
             values.setdefault(outer, {})[inner] = value
@@ -281,9 +281,10 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what was finished is kept, run the same command to continue", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer's exit code after Ctrl-C
+            typer.echo("interrupted; what was finished is kept, run the same command to continue", err=True)
+        raise
 
 
 if __name__ == "__main__":

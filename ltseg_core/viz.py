@@ -34,7 +34,7 @@ WIDTH = 9.0
 """Width of every figure in inches."""
 DPI = 100
 LABEL_PX = 11  # a class name, written upwards at 8 pt, needs this much of the axis
-RC = {
+RC: dict[Any, Any] = {
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
     "figure.constrained_layout.use": True,
@@ -279,7 +279,7 @@ def _picture_grid(rows: Mapping[Any, Sequence[np.ndarray]]) -> np.ndarray:
     ratio = [max(p.shape[0] / p.shape[1] for p in row) for row in pictures]
     height = sum(ratio) * (WIDTH - 0.4) / len(pictures[0]) + 0.5
     figure, axes = subplots(len(rows), len(pictures[0]), height=height)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     for name, row, line in zip(rows, pictures, axes, strict=True):
         for picture, ax in zip(row, line, strict=True):
             ax.imshow(picture, interpolation="nearest" if name != "image" else "auto")
@@ -411,7 +411,7 @@ def plot_mask_sizes(
     ax = subplots()[1][0, 0] if ax is None else ax
     by_class = sizes.groupby("class_id")["pixels"]
     order = by_class.sum().sort_values(ascending=False, kind="stable").index
-    q = by_class.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack().loc[order]
+    q = by_class.quantile(np.array([0.05, 0.25, 0.5, 0.75, 0.95])).unstack().loc[order]
     colours = [GROUP_COLOURS[group[k]] for k in order]
     x = np.arange(len(order))
     ax.vlines(x, q[0.05], q[0.95], color=colours, linewidth=1)

@@ -55,7 +55,7 @@ def test_plain_sgd_run_equals_a_loop_written_by_hand(tiny):
         list(network.encoder.parameters()),
         [*network.decoder.parameters(), *network.classifier.parameters()],
     )
-    buffers = {p: None for p in encoder + rest}
+    buffers = dict.fromkeys(encoder + rest)
     network.train()
     for step, indices in enumerate(BatchOrder(range(6), 2, 0, start=0, stop=4)):
         batch = collate([train[i] for i in indices])
@@ -253,8 +253,19 @@ def test_two_processes_give_the_metrics_of_one(tiny, tmp_path):
     one = fit(e, runs=tmp_path / "one")
     path = tmp_path / "e.json"
     path.write_text(e.to_json())
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "ltseg_core.cli", "train", str(path)]
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *options,
+        "--dynamo_backend",
+        "no",
+        "-m",
+        "ltseg_core.cli",
+        "train",
+        str(path),
+    ]
     settings = {"LTSEG_RUNS": str(tmp_path / "two"), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(launch, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

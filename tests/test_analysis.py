@@ -1,0 +1,148 @@
+"""Tables from finished runs: what they contain, and what may not be compared."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ltseg_core import analysis, metrics, results, stats
+from ltseg_core.config import Experiment, UserError
+from ltseg_core.results import Run
+from ltseg_core.stats import ClassCounts
+
+COUNTS = ClassCounts(torch.tensor([900_000, 99_500, 500]), torch.tensor([50, 40, 3]))  # head, head, tail
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A finished run with given confusion counts (N, C, C), without any training."""
+
+    def make(confusion, *, classes=("road", "car", "sign"), **fields):
+        e = Experiment(**fields)
+        path = tmp_path / f"{e.key()}"
+        path.mkdir()
+        (path / "experiment.json").write_text(json.dumps({"format": results.FORMAT, "experiment": e.to_dict()}))
+        np.savez_compressed(path / "confusion.npz", test=confusion)
+        stats.write_counts(path / "classes.csv", COUNTS, classes)
+        return Run(path, e)
+
+    return make
+
+
+def confusions(seed, better=0):
+    counts = np.random.default_rng(seed).integers(1, 60, (8, 3, 3))
+    counts[:, 2, 2] += better
+    return counts
+
+
+@pytest.fixture
+def runs(make_run):
+    ce = [make_run(confusions(s), seed=s) for s in (0, 1, 2)]
+    blv = [make_run(confusions(s, better=40), seed=s, method="blv", hyper={"sigma": 4}) for s in (2, 0, 1)]
+    return ce + blv
+
+
+def test_methods_in_order_of_seed(runs):
+    table = analysis.by_method(runs)
+    assert list(table) == ["ce", "blv sigma=4"]
+    assert [[r.experiment.seed for r in group] for group in table.values()] == [[0, 1, 2]] * 2
+
+
+def test_means_are_the_mean_over_seeds_of_the_metric(runs):
+    table = analysis.means(runs, replicates=50).set_index(["method", "metric"])
+    counts = analysis.counts_of(analysis.by_method(runs)["ce"])
+    assert counts.shape == (3, 8, 3, 3)
+    totals = counts.sum(1)
+    assert table.loc[("ce", "miou"), "value"] == pytest.approx(np.mean(metrics.miou(totals)))
+    assert table.loc[("ce", "tail acc"), "value"] == pytest.approx(np.mean(metrics.acc(totals)[:, 2]))
+    assert table.loc[("ce", "head iou"), "value"] == pytest.approx(np.mean(metrics.iou(totals)[:, :2]))
+    assert table.loc[("ce", "pixel_acc"), "value"] == pytest.approx(np.mean(metrics.pixel_acc(totals)))
+    assert "body iou" not in table.index.get_level_values("metric")  # no class of the body here
+    assert (table["low"] <= table["value"]).all()
+    assert (table["value"] <= table["high"]).all()
+
+
+def test_differences_are_paired_and_their_own_direction(runs):
+    by_class = analysis.class_differences(runs, replicates=200)
+    assert set(by_class["method"]) == {"blv sigma=4"}
+    sign = by_class[(by_class["class"] == "sign") & (by_class["metric"] == "acc")].iloc[0]
+    assert (sign["group"], sign["train_pixels"]) == ("tail", 500)
+    a, b = (metrics.acc(confusions(s, x).sum(0))[2] for s in (0,) for x in (40, 0))
+    assert a > b
+    assert sign["low"] > 0
+    means = analysis.mean_differences(runs, replicates=200).set_index("metric")
+    assert means.loc["miou", "difference"] == pytest.approx(
+        np.mean([metrics.miou(confusions(s, 40).sum(0)) - metrics.miou(confusions(s).sum(0)) for s in range(3)])
+    )
+    swapped = analysis.mean_differences(runs, baseline="blv sigma=4", replicates=200).set_index("metric")
+    assert swapped.loc["miou", "high"] == pytest.approx(-means.loc["miou", "low"])
+
+
+def test_per_class_table_is_complete(runs):
+    table = analysis.per_class(runs, replicates=20)
+    assert len(table) == 2 * 3 * 2
+    assert set(table["metric"]) == {"iou", "acc"}
+
+
+def test_one_seed_still_has_an_interval_over_images(make_run):
+    table = analysis.means([make_run(confusions(0))], replicates=50).set_index("metric")
+    assert table.loc["miou", "seeds"] == 1
+    assert table.loc["miou", "low"] < table.loc["miou", "high"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seed": 5}, r"has the seeds \[5\]"),
+        ({"dataset": "camvid"}, "differ in dataset: 'camvid' and 'scenes'"),
+        ({"data_options": {"images": 4}}, "differ in data_options"),
+        ({"eval_images": 4}, "differ in eval_images"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(make_run, fields, message):
+    runs = [make_run(confusions(0)), make_run(confusions(1), method="blv", **fields)]
+    with pytest.raises(UserError, match=message):
+        analysis.means(runs)
+
+
+def test_other_refusals(make_run, runs):
+    with pytest.raises(UserError, match="no runs to compare"):
+        analysis.means([])
+    with pytest.raises(UserError, match="no runs of the baseline 'focal'"):
+        analysis.class_differences(runs, baseline="focal")
+    with pytest.raises(UserError, match="nothing to compare it with"):
+        analysis.class_differences(runs[:3])
+    with pytest.raises(UserError, match="several runs of one seed"):
+        analysis.by_method([runs[0], make_run(confusions(4), seed=0, steps=9)])
+    with pytest.raises(UserError, match="no confusion counts of split 'val', only test"):
+        analysis.means(runs, split="val")
+    other = make_run(confusions(7), method="focal", seed=0, classes=("a", "b", "c"))
+    with pytest.raises(UserError, match="differ in their class lists"):
+        analysis.by_method([runs[0], other])
+
+
+def test_histories(make_run):
+    import pandas as pd
+
+    run = make_run(confusions(0), seed=3)
+    pd.DataFrame({"step": [1, 2, 2], "metric": ["loss", "loss", "val miou"], "value": [2.0, 1.0, 0.5]}).to_parquet(
+        run.path / "history.parquet"
+    )
+    assert analysis.histories([run]).to_dict("list") == {
+        "step": [1, 2], "value": [2.0, 1.0], "method": ["ce", "ce"], "seed": [3, 3],
+    }  # fmt: skip
+
+
+def test_verdict_rule():
+    assert analysis.verdict(0.1, 0.2, "positive") == "supported"
+    assert analysis.verdict(0.1, 0.2, "negative") == "contradicted"
+    assert analysis.verdict(-0.1, 0.2, "positive") == "open"
+    assert analysis.verdict(-0.2, -0.1, "negative") == "supported"
+    assert analysis.verdict(-0.2, -0.1, "positive") == "contradicted"
+    assert analysis.verdict(0.1, 0.2, "positive", margin=0.15) == "open"
+    assert analysis.verdict(0.0, 0.2, "positive") == "open"
+    assert analysis.verdict(np.nan, np.nan, "positive") == "open"
+    for arguments in ((0.3, 0.2, "positive"), (0.1, 0.2, "up")):
+        with pytest.raises(ValueError, match="expected"):
+            analysis.verdict(*arguments)
