@@ -33,11 +33,13 @@ PALETTE = (
 
 
 def encode_image(png: bytes) -> bytes:
+    """PNG -> progressive JPEG, quality 90, 4:4:4."""
     with Image.open(io.BytesIO(png)) as image:
         return encode_jpeg(image.convert("RGB"), quality=90, subsampling="4:4:4")
 
 
 def decode_label(png: bytes) -> np.ndarray:
+    """PNG of class indices -> (H, W) uint8."""
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image)
 

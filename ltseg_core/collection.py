@@ -36,6 +36,8 @@ PACKAGE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Result:
+    """What became of one notebook."""
+
     notebook: Notebook
     state: Literal["finished", "up to date", "failed", "skipped"]
     wall_s: float

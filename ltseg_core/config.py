@@ -78,7 +78,7 @@ class Experiment:
     """Hyper-parameters of the method, e.g. {"sigma": 6.0}."""
 
     steps: int = 400
-    """Optimiser steps, all stages together."""
+    """Optimiser steps; a method that starts from a finished run adds its share of them."""
     batch_size: int = 8
     """Images per step, all processes together."""
     optimizer: Literal["sgd", "adamw"] = "adamw"

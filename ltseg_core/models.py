@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ltseg_core.config import UserError, choose, data_root
+from ltseg_core.networks import NETWORKS, OCRDecoder, any_image_size, auxiliary_head
 
 ARCHITECTURES = (
     "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet",
-    "Segformer", "DPT",
+    "Segformer", "DPT", *NETWORKS,
 )  # fmt: skip
+AUXILIARY_WEIGHT = 0.4
+"""Weight of the auxiliary loss in the papers."""
 
 Scaling = tuple[tuple[float, float, float], tuple[float, float, float]]
 """(mean, std) of each colour channel, for RGB in [0, 1]."""
@@ -38,24 +42,30 @@ LOCAL_WEIGHTS = {"mobilenet_v2_imagenet": LocalWeights("mobilenet_v2", ((0.5,) *
 
 
 class Output(NamedTuple):
-    """features: (B, D, h, w), what the classifier sees;  logits: (B, C, H, W) at the size of the image."""
+    """features: (B, D, h, w), what the classifier sees;  logits: (B, C, H, W) at the size of the image;
+    auxiliary: logits (B, C, H, W) of the auxiliary head, in training mode only."""
 
     features: Tensor
     logits: Tensor
+    auxiliary: Tensor | None = None
 
 
 class SegmentationNetwork(nn.Module):
-    """A segmentation_models_pytorch model cut into encoder, decoder and classifier.
+    """A segmentation_models_pytorch model, or one of NETWORKS, cut into encoder, decoder and classifier.
 
     forward: images (B, 3, H, W), float in [0, 1], of any size -> Output. Colours are scaled as the encoder expects,
     the image is padded at the right and bottom to the multiple the encoder needs, and the logits are
     brought bilinearly (align_corners=False) from the decoder's resolution to H x W.
+
+    auxiliary_weight: what the criterion should multiply the cross-entropy of Output.auxiliary with; 0 for none. They
+    are the logits of an FCN head on the encoder's last map but one (stage 3 of a whole ResNet; the library's PSPNet
+    cuts it shorter), or the soft object regions of OCR. Nothing of the head is computed in evaluation mode.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any, scaling: Scaling = IMAGENET) -> None:
+    def __init__(self, model: Any, scaling: Scaling = IMAGENET, auxiliary_weight: float = 0.0) -> None:
         super().__init__()
         self.encoder: Any = model.encoder
         self.decoder: Any = model.decoder
@@ -73,17 +83,27 @@ class SegmentationNetwork(nn.Module):
             self.neck, self.classifier, self.stride = nn.Identity(), head[0], self.encoder.output_stride
         self.register_buffer("mean", torch.tensor(scaling[0]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(scaling[1]).view(1, 3, 1, 1))
+        self.auxiliary_weight = auxiliary_weight
+        self.auxiliary: nn.Module | None = None
+        if auxiliary_weight and not isinstance(self.decoder, OCRDecoder):
+            self.auxiliary = auxiliary_head(self.encoder.out_channels[-2], self.classifier.out_channels)
 
     @property
     def feature_channels(self) -> int:
         return self.classifier.in_channels
 
+    def encode(self, image: Tensor) -> Any:
+        """(B, 3, H, W) in [0, 1] -> the encoder's maps of the scaled and padded image, finest first."""
+        bottom, right = (-side % self.stride for side in image.shape[-2:])
+        return self.encoder(F.pad((image - self.mean) / self.std, (0, right, 0, bottom)))
+
+    def decode(self, maps: Any) -> Tensor:
+        """The encoder's maps -> (B, D, h, w)."""
+        return self.neck(self.decoder(*maps) if self.is_dpt else self.decoder(maps))
+
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D, h, w); h, w belong to the padded image."""
-        bottom, right = (-side % self.stride for side in image.shape[-2:])
-        x = F.pad((image - self.mean) / self.std, (0, right, 0, bottom))
-        maps = self.encoder(x)
-        return self.neck(self.decoder(*maps) if self.is_dpt else self.decoder(maps))
+        return self.decode(self.encode(image))
 
     def resize(self, logits: Tensor, image: Tensor) -> Tensor:
         """Low-resolution logits (B, C, h, w) of the padded image -> (B, C, H, W) of the image."""
@@ -94,8 +114,16 @@ class SegmentationNetwork(nn.Module):
         return logits[..., :height, :width]
 
     def forward(self, image: Tensor) -> Output:
-        features = self.features(image)
-        return Output(features, self.resize(self.classifier(features), image))
+        maps, auxiliary = self.encode(image), None
+        if not self.training or not self.auxiliary_weight:
+            features = self.decode(maps)
+        elif self.auxiliary is None:
+            features, auxiliary = self.decoder.with_regions(maps)
+        else:
+            features, auxiliary = self.decode(maps), self.auxiliary(maps[-2])
+        if auxiliary is not None:
+            auxiliary = self.resize(auxiliary, image)
+        return Output(features, self.resize(self.classifier(features), image), auxiliary)
 
 
 def build_model(
@@ -105,14 +133,18 @@ def build_model(
     *,
     weights: str | None = None,
     root: str | os.PathLike[str] | None = None,
+    auxiliary: bool | float | None = None,
     **options: Any,
 ) -> SegmentationNetwork:
-    """A network of segmentation_models_pytorch with `classes` output channels.
+    """A network of segmentation_models_pytorch, or one of NETWORKS, with `classes` output channels.
 
     architecture: one of ARCHITECTURES (any case)
     encoder:      one of the library's, or `tu-<name>` for one of timm
     weights:      None for random weights; a key of LOCAL_WEIGHTS (found under the data root) or the path of a
                   safetensors file with the encoder's parameters; else a name of the hub, e.g. `imagenet`
+    auxiliary:    weight of the auxiliary head (see SegmentationNetwork), True for AUXILIARY_WEIGHT; by default only
+                  OCR has one, as its regions are meaningless unsupervised. The other parameters start the same with
+                  and without it.
     options:      further keyword arguments of the architecture
     Raises UserError for unknown names or options, combinations the library refuses, and unusable weights.
     """
@@ -125,9 +157,10 @@ def build_model(
             choose("encoder", encoder, [f"tu-{name}" for name in timm.list_models()])
     else:
         encoder = choose("encoder", encoder, smp.encoders.get_encoder_names())
-    builder = getattr(smp, architecture)
+    builder = NETWORKS[architecture] if architecture in NETWORKS else getattr(smp, architecture)
     fixed = {
         "self",
+        "encoder",
         "encoder_name",
         "encoder_weights",
         "in_channels",
@@ -136,12 +169,15 @@ def build_model(
         "aux_params",
         "kwargs",
     }
-    for name in options:
-        choose(f"option of {architecture}", name, set(inspect.signature(builder).parameters) - fixed)
+    valid = {*inspect.signature(builder).parameters, "auxiliary"} - fixed
+    options = {choose(f"option of {architecture}", name, valid): value for name, value in options.items()}
+    auxiliary_weight = _auxiliary_weight(architecture, options.pop("auxiliary", auxiliary))
     file, scaling = _weight_file(weights, encoder, root)
     hub = weights if file is None else None
     if architecture == "DPT" and "vit" in encoder:
-        options.setdefault("dynamic_img_size", True)  # the encoder's own image size would be the only one allowed
+        options["dynamic_img_size"] = True  # the encoder's own image size would be the only one allowed
+    elif architecture not in NETWORKS:
+        options |= any_image_size(encoder)
     try:
         # timm's encoders carry the name of their weights in their own name; True asks for them
         pretrained = True if hub and encoder.startswith("tu-") else hub
@@ -151,14 +187,28 @@ def build_model(
             f"cannot fetch the weights {weights!r} of {encoder} ({type(error).__name__}): without a network use a local"
             f" file ({', '.join(LOCAL_WEIGHTS)} or a path), or null for random weights"
         ) from error
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{architecture} cannot be built with encoder {encoder!r}, {options}: {error}") from error
+    except (KeyError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        why = str(error) or "the encoder refuses what the architecture asks of it"
+        raise UserError(f"{architecture} cannot be built with encoder {encoder!r}, {options}: {why}") from error
     if hub:
         found = smp.encoders.get_preprocessing_params(encoder, hub)
         scaling = (tuple(found["mean"]), tuple(found["std"]))
     if file is not None:
         load_encoder(model.encoder, file)
-    return SegmentationNetwork(model, scaling)
+    return SegmentationNetwork(model, scaling, auxiliary_weight)
+
+
+def _auxiliary_weight(architecture: str, auxiliary: bool | float | None) -> float:
+    """The weight that `auxiliary` means. Raises UserError if it is no weight or the architecture has no such head."""
+    if auxiliary is None or isinstance(auxiliary, bool):
+        weight = AUXILIARY_WEIGHT if auxiliary or (auxiliary is None and architecture == "OCR") else 0.0
+    elif isinstance(auxiliary, (int, float)) and 0 <= auxiliary < math.inf:
+        weight = float(auxiliary)
+    else:
+        raise UserError(f"auxiliary must be true, false or a finite weight >= 0, not {auxiliary!r}")
+    if weight and architecture == "DPT":
+        raise UserError("DPT has no auxiliary head, its encoder has no stages: leave out `auxiliary`")
+    return weight
 
 
 def _weight_file(weights: str | None, encoder: str, root: str | os.PathLike[str] | None) -> tuple[Path | None, Scaling]:

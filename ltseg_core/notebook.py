@@ -22,6 +22,8 @@ ADDED_BY_PAPERMILL = {"injected-parameters", "papermill-error-cell-tag"}
 
 @dataclass(frozen=True)
 class Notebook:
+    """A numbered notebook of the collection, as its file says."""
+
     name: str
     path: Path
     question: str

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -36,6 +36,7 @@ from ltseg_core.data.batches import (
     BatchOrder,
     Draw,
     augment,
+    collate,
     draw,
     generator,
     in_memory_if_small,
@@ -72,7 +73,7 @@ def fit(
     final = results.runs_folder(runs) / experiment.key()
     if run := results.find(experiment, runs):
         return run
-    choose("method", experiment.method, METHODS)
+    method = choose("method", experiment.method, METHODS)
     _check_tracker(tracker)
     if os.environ.get("LTSEG_TRAIN") == "0":
         raise UserError(
@@ -80,8 +81,12 @@ def fit(
             f"{final.parent}, and LTSEG_TRAIN=0 forbids training: run the notebooks first, `ltseg run`"
         )
 
+    first = METHODS[method].first
+    place: dict[str, Any] = {"data_root": data_root, "runs": runs, "tracker": tracker, "workers": workers, "progress": progress}
+    start_from = fit(replace(experiment, method=first, hyper={}), **place) if first else None
+
     def train() -> None:
-        Training(experiment, final.with_suffix(".partial"), data_root, tracker, workers, progress).run()
+        Training(experiment, final.with_suffix(".partial"), data_root, tracker, workers, progress).run(start_from)
 
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -244,6 +249,7 @@ class Training:
         from accelerate.utils import DistributedDataParallelKwargs
 
         self.e, self.folder, self.data_root, self.workers = experiment, folder, data_root, workers
+        self.steps = round(experiment.steps * METHODS[experiment.method].length)
         self.accelerator = Accelerator(
             log_with=tracker,
             project_dir=folder.parent / "tracking",
@@ -260,7 +266,7 @@ class Training:
             settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in experiment.to_dict().items()}
             self.accelerator.init_trackers("ltseg", settings)
         self.bar = tqdm(
-            total=experiment.steps,
+            total=self.steps,
             desc=f"{experiment.method} {Path(experiment.dataset).name} seed {experiment.seed}",
             unit="step",
             leave=False,
@@ -272,8 +278,8 @@ class Training:
             with (self.folder / "log.txt").open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def run(self) -> None:
-        """Train all stages, evaluate, and publish the run directory."""
+    def run(self, start_from: Run | None) -> None:
+        """Train all stages, evaluate, and publish the run directory. start_from: the run whose weights to take."""
         started, e = time.time(), self.e
         self.log(f"experiment {e.key()} {json.dumps(e.to_dict())}")
         whole = data.load(e.dataset, "train", self.data_root, **e.data_options)
@@ -281,7 +287,7 @@ class Training:
         counts = stats.count_classes(Subset(whole, self.labelled) if self.unlabelled else whole)
         self.train_set = in_memory_if_small(Resized(whole, e.size, resize_labels=True) if e.size else whole)
         self.test_sets = {
-            split: in_memory_if_small(self._test_set(split))
+            split: in_memory_if_small(evaluation_set(e, split, self.data_root))
             for split in data.splits(e.dataset, self.data_root)
             if split != "train"
         }
@@ -292,19 +298,25 @@ class Training:
             e.architecture, e.encoder, len(whole.classes), weights=e.encoder_weights, root=self.data_root,
             **e.model_options,
         )  # fmt: skip
+        if start_from is not None:
+            network.load_state_dict(load_file(start_from.path / "model.safetensors"))
+            self.log(f"starts from the run {start_from.experiment.key()} ({start_from.experiment.method})")
         stages = build_method(e.method, network, counts, e.hyper)
         checkpoint = self.folder / CHECKPOINT
-        loss = torch.full((e.steps,), torch.nan, device=self.device)
+        loss = torch.full((self.steps,), torch.nan, device=self.device)
         evaluations: list[dict[str, float]] = []
         first = _stored_stage(checkpoint) if checkpoint.exists() else 0
-        for number, (start, stop) in enumerate(_spans([stage.share for stage in stages], e.steps)):
+        for number, (start, stop) in enumerate(_spans([stage.share for stage in stages], self.steps)):
             if number < first:
                 continue
-            state = self._begin(stages[number], number, start, loss, evaluations)
+            stage = stages[number]
+            state = self._begin(stage, number, start, loss, evaluations)
             if number == first and checkpoint.exists():
                 state.load(checkpoint)
                 self.log(f"resumed at step {state.step}")
-            self._train(state, stages[number], start, stop)
+            elif stage.prepare is not None:
+                stage.prepare(self._plain_batches())
+            self._train(state, stage, start, stop)
             loss, evaluations = state.loss, state.evaluations
             if state.teacher is not None:  # what is evaluated is what the next stage starts from
                 state.learner.network.load_state_dict(state.teacher.state_dict())
@@ -315,14 +327,6 @@ class Training:
             self._store(final, loss, evaluations, confusion, whole.classes, counts, started)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-    def _test_set(self, split: str) -> SegmentationDataset:
-        e = self.e
-        options = {k: v for k, v in e.data_options.items() if k != "images"}  # it limits the training split
-        dataset = data.load(e.dataset, split, self.data_root, **options)
-        if e.eval_images is not None and e.eval_images < len(dataset):
-            dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, e.eval_images).round().astype(int).tolist())
-        return Resized(dataset, e.size, resize_labels=False) if e.size else dataset
 
     def _begin(self, stage: Stage, number: int, start: int, loss: Tensor, evaluations: list[dict[str, float]]) -> State:
         e = self.e
@@ -389,6 +393,14 @@ class Training:
         if save and self.main:
             state.save(self.folder / CHECKPOINT)
 
+    def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The labelled training images, once, in order, as they are."""
+        for first in range(0, len(self.labelled), self.e.batch_size):
+            batch = self._to_device(
+                collate([self.train_set[i] for i in self.labelled[first : first + self.e.batch_size]])
+            )
+            yield batch.image.float() / 255, batch.label.long()
+
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
 
@@ -439,21 +451,15 @@ class Training:
         started: float,
     ) -> None:
         e, folder = self.e, self.folder
-        steps = np.arange(1, e.steps + 1)
+        steps = np.arange(1, self.steps + 1)
         history = [pd.DataFrame({"step": steps, "metric": "loss", "value": loss.cpu().numpy().astype(np.float64)})]
         if evaluations:
             history.append(pd.DataFrame(evaluations).melt("step", var_name="metric"))
         tables = {
             "history": pd.concat(history, ignore_index=True),
             "metrics": results.tidy_metrics(confusion, classes, counts),
-            "classes": pd.DataFrame(
-                {
-                    "class": list(classes),
-                    "train_pixels": counts.pixels.numpy(),
-                    "train_images": counts.images.numpy(),
-                }
-            ),
         }
+        stats.write_counts(folder / "classes.csv", counts, classes)
         for name, table in tables.items():
             table.to_parquet(folder / f"{name}.parquet", index=False)
         np.savez_compressed(folder / "confusion.npz", allow_pickle=False, **confusion)
@@ -479,6 +485,18 @@ def _check_tracker(tracker: str | None) -> None:
         raise UserError(f"tracker {tracker!r} is not installed: `pip install {tracker}`, or leave the option out")
 
 
+def evaluation_set(
+    experiment: Experiment, split: str, data_root: str | os.PathLike[str] | None = None
+) -> SegmentationDataset:
+    """A split as a run is evaluated on it: images at the network's size, labels at their own."""
+    e = experiment
+    options = {k: v for k, v in e.data_options.items() if k != "images"}  # it limits the training split
+    dataset = data.load(e.dataset, split, data_root, **options)
+    if e.eval_images is not None and e.eval_images < len(dataset):
+        dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, e.eval_images).round().astype(int).tolist())
+    return Resized(dataset, e.size, resize_labels=False) if e.size else dataset
+
+
 def _shares(e: Experiment, images: int) -> tuple[list[int], list[int]]:
     """Indices of the labelled and the unlabelled training images, drawn by the seed."""
     if e.labelled_images is None:
@@ -491,7 +509,8 @@ def _shares(e: Experiment, images: int) -> tuple[list[int], list[int]]:
 
 def _spans(shares: Sequence[float], steps: int) -> list[tuple[int, int]]:
     """First and last-plus-one step of each stage."""
-    ends = [round(steps * total / sum(shares)) for total in np.cumsum(shares)]
+    whole = sum(shares) or 1.0  # a stage without steps only replaces the network
+    ends = [round(steps * total / whole) for total in np.cumsum(shares)]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from itertools import chain, product
 from pathlib import Path
@@ -33,7 +34,7 @@ R = TypeVar("R")
 WIDTH = 9.0
 """Width of every figure in inches."""
 DPI = 100
-LABEL_PX = 11  # a class name, written upwards at 8 pt, needs this much of the axis
+LABEL_PX = 12  # a class name, written upwards at 8 pt, needs this much of the axis
 RC: dict[Any, Any] = {
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
@@ -44,7 +45,8 @@ RC: dict[Any, Any] = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -90,13 +92,15 @@ METHOD_LABELS = {
 """Append only: the place of a method in this list is its colour, marker, line and hatch in every notebook."""
 METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pixel_acc": "pixel Acc"}
 
-_HUES = ("#444444", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#9a7d5a")  # Okabe-Ito
+_HUES = ("#333333", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#9a7d5a")  # Okabe-Ito
 _MARKERS = "osD^vPXphd*<>8"
 _LINES = ((0, ()), (0, (5, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||")
 
 
 class MethodStyle(NamedTuple):
+    """How a method looks in every figure: it can be told apart by colour, by marker and by line."""
+
     colour: str
     marker: str
     line: Any
@@ -133,11 +137,15 @@ def _shaded(colour: str, amount: float) -> str:
 # ------------------------------------------------------------------------------------------ style and saving
 
 
-def style() -> Any:
-    """Context manager: everything made inside has the collection's style."""
+@contextmanager
+def style() -> Iterator[None]:
+    """Everything made inside has the collection's style."""
     import matplotlib as mpl
 
-    return mpl.rc_context(RC)
+    with mpl.rc_context(RC):
+        yield
+        interactive = mpl.is_interactive()  # set by a notebook's backend on its first figure; shows the figures
+    mpl.interactive(interactive)
 
 
 def _styled(function: Callable[P, R]) -> Callable[P, R]:
@@ -164,7 +172,8 @@ def subplots(
 def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None = None) -> Path:
     """Write `name`.png, .pdf and .svg into `folder` (default: $LTSEG_FIGURES, else ./figures); return the PNG.
 
-    Equal figures give equal bytes; an interrupted call leaves old or new files, never half a file.
+    The layout of the figure is settled for good. Equal figures give equal bytes; an interrupted call leaves old or
+    new files, never half a file.
     Raises ValueError for a name that is not one word of letters, digits, "_", "-" and "."; UserError if the
     folder cannot be written.
     """
@@ -177,7 +186,8 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
         "png": {"Software": None},
     }
     with style():
-        figure.draw_without_rendering()  # the layout settles: the first and the second call draw the same
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it would move things a little at every drawing
         for kind, metadata in unnamed.items():
 
             def write(path: Path, kind: str = kind, metadata: Mapping[str, Any] = metadata) -> None:
@@ -306,12 +316,12 @@ def plot_class_shares(
     ax: Axes | None = None,
     *,
     group: Sequence[str] | None = None,
-    legend: bool = True,
+    title: str = "",
 ) -> Axes:
     """Share of pixels (filled, in the colour of the group) and of regions (open) of each class, by falling pixels.
 
     A region is a class in an image (Region Rebalance), so both sets of shares sum to 1. Classes that never occur
-    have no place on a logarithmic axis: they are counted in a note. Dotted: the 1 % and 0.1 % that part the groups
+    have no place on a logarithmic axis: they are counted below it. Dotted: the 1 % and 0.1 % that part the groups
     if `group` is not given (`stats.groups`).
     """
     ax = subplots()[1][0, 0] if ax is None else ax
@@ -325,7 +335,8 @@ def plot_class_shares(
     x, size = np.arange(len(order)), 25 if len(order) < 40 else 9
     ax.vlines(x, pixels[order], regions[order], color="0.8", linewidth=1, zorder=1)
     for name in GROUPS:
-        mine = names[order] == name
+        if not (mine := names[order] == name).any():
+            continue
         look: dict[str, Any] = {"color": GROUP_COLOURS[name], "marker": GROUP_MARKERS[name], "s": size}
         ax.scatter(x[mine], pixels[order][mine], label=f"pixels, {name}", zorder=3, linewidth=0, **look)
     edge: dict[str, Any] = {"facecolor": "white", "edgecolor": "0.25", "linewidth": 0.8, "marker": "D"}
@@ -333,15 +344,13 @@ def plot_class_shares(
     if group is None:
         for share in (HEAD_SHARE, TAIL_SHARE):
             ax.axhline(share, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
-    if absent := counts.num_classes - len(order):
-        note = f"{absent} of {counts.num_classes} classes never occur"
-        ax.text(0.01, 0.03, note, transform=ax.transAxes, color="0.35", fontsize=8)
+    absent = counts.num_classes - len(order)
+    note = f" ({absent} of {counts.num_classes} never occur)" if absent else ""
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
-    ax.set(ylabel="share (%)", xlabel="classes, by falling pixel count")
+    ax.set(ylabel="share (%)", xlabel=f"classes, by falling pixel count{note}", title=title)
     _class_ticks(ax, [classes[k] for k in order])
-    if legend:
-        ax.legend(loc="upper right", ncols=2, borderaxespad=0, handletextpad=0.2)
+    ax.legend(loc="lower left", borderaxespad=0.2, handletextpad=0.2, labelspacing=0.25)
     return ax
 
 
@@ -360,7 +369,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     open_look: dict[str, Any] = {"facecolor": "white", "edgecolor": _HUES[0], "marker": "D"}
     ax.scatter(table["region"], y, s=28, label="images with the class: most / fewest", zorder=3, **open_look)
     for at, pixel, region in zip(y, table["pixel"], table["region"], strict=True):
-        note = f"{_number(pixel / region)} x"
+        note = f"{_number(pixel / region)} ×"
         ax.annotate(note, (np.sqrt(pixel * region), at), (0, 3), textcoords="offset points", ha="center", fontsize=7)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: _number(value))
@@ -400,7 +409,7 @@ def plot_image_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 @_styled
 def plot_mask_sizes(
-    sizes: pd.DataFrame, classes: Sequence[str], ax: Axes | None = None, *, group: Sequence[str]
+    sizes: pd.DataFrame, classes: Sequence[str], ax: Axes | None = None, *, group: Sequence[str], title: str = ""
 ) -> Axes:
     """Pixels that a class has in an image that shows it: median, quartiles (thick), 5 to 95 % (thin).
 
@@ -417,12 +426,13 @@ def plot_mask_sizes(
     ax.vlines(x, q[0.05], q[0.95], color=colours, linewidth=1)
     ax.vlines(x, q[0.25], q[0.75], color=colours, linewidth=4 if len(order) < 40 else 2)
     for name in GROUPS:
-        mine = np.array([group[k] == name for k in order])
+        if not (mine := np.array([group[k] == name for k in order])).any():
+            continue
         look: dict[str, Any] = {"marker": GROUP_MARKERS[name], "facecolor": "white", "edgecolor": GROUP_COLOURS[name]}
         ax.scatter(x[mine], q[0.5].to_numpy()[mine], s=22 if len(order) < 40 else 10, zorder=3, label=name, **look)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda value, _: _number(value))
-    ax.set(ylabel="pixels in an image", xlabel="classes, by falling pixel count")
+    ax.set(ylabel="pixels in an image", xlabel="classes, by falling pixel count", title=title)
     ax.grid(axis="y")
     _class_ticks(ax, [classes[k] for k in order])
     ax.legend(loc="upper right", ncols=3, borderaxespad=0, handletextpad=0.2)

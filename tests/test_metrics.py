@@ -62,11 +62,14 @@ def test_two_by_two_image():
     assert metrics.class_mean(counts.iou()) == (pytest.approx(7 / 12), 2)
 
 
-@pytest.mark.parametrize("ignore_index", [5, 11, 254, 255])
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"])
+DTYPES = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"),
+    [(d, i) for d in DTYPES for i in (5, 11, 254, 255) if d != "int8" or i < 128],  # values that fit
+)
 def test_counts_equal_a_per_pixel_loop(dtype, ignore_index):
-    if dtype == "int8" and ignore_index > 127:
-        pytest.skip("the value does not fit")
     pred, target = maps(0, ignore_index=ignore_index)
     typed = [torch.from_numpy(x.numpy().astype(dtype)) for x in (pred, target)]
     counts = counted(*typed, ignore_index=ignore_index)
@@ -98,17 +101,16 @@ def test_batches_are_joined_in_order():
     assert np.array_equal(counts.total(), expected.sum(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
 @pytest.mark.parametrize(
-    ("where", "value"),
+    ("where", "value", "dtype"),
     [
-        *(("pred", value) for value in (5, 255, -1, 256, 2**40)),
-        *(("target", value) for value in (5, 254, -1, 256, 256 + 3, -100)),
+        *(("pred", value, torch.int64) for value in (5, 255, -1, 256, 2**40)),
+        *(("target", value, torch.int64) for value in (5, 254, -1, 256, 256 + 3, -100)),
+        *(("pred", value, torch.uint8) for value in (5, 255)),
+        *(("target", value, torch.uint8) for value in (5, 254)),
     ],
 )
 def test_values_out_of_range_are_named_on_reading(where, value, dtype):
-    if dtype == torch.uint8 and not 0 <= value <= 255:
-        pytest.skip("the value does not fit")
     pred, target = (x.to(dtype) for x in maps(2))
     {"pred": pred, "target": target}[where][1, 2, 3] = value
     counts = counted(*(x.to(dtype) for x in maps(0)))

@@ -11,13 +11,17 @@ from ltseg_core.models import ARCHITECTURES, IMAGENET, build_model
 SMALL = "tu-mobilenetv3_small_050"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "SegNet" else []) for name in ARCHITECTURES],
+)
 def test_every_architecture_gives_features_and_logits_at_any_size(architecture):
-    encoder = "tu-vit_tiny_patch16_224" if architecture == "DPT" else SMALL
+    encoder = {"DPT": "tu-vit_tiny_patch16_224", "SegNet": "vgg11_bn"}.get(architecture, SMALL)
     network = build_model(architecture, encoder, 5).eval()
     image = torch.rand(2, 3, 130, 150)
     with torch.no_grad():
-        features, logits = network(image)
+        features, logits, auxiliary = network(image)
+    assert auxiliary is None
     assert logits.shape == (2, 5, 130, 150)
     assert features.shape[:2] == (2, network.classifier.in_channels)
     with torch.no_grad():
@@ -65,6 +69,101 @@ def test_padding_does_not_reach_valid_logits_of_a_padded_input():
         assert torch.allclose(network(image).logits, network(padded).logits[..., :50, :70], atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["UPerNet", "Segformer"])
+@pytest.mark.parametrize(
+    "encoder", ["mit_b0", "tu-convnext_atto", "tu-swin_tiny_patch4_window7_224", "tu-swinv2_tiny_window8_256"]
+)
+def test_papers_encoders_take_one_size_after_another(architecture, encoder):
+    small = {"UPerNet": {"decoder_channels": 16}, "Segformer": {"decoder_segmentation_channels": 16}}[architecture]
+    network = build_model(architecture, encoder, 3, **small).eval()
+    for height, width in [(50, 70), (33, 32)]:
+        with torch.no_grad():
+            features, logits, _ = network(torch.rand(1, 3, height, width))
+        assert logits.shape == (1, 3, height, width)
+        assert features.shape == (1, 16, -(-height // 32) * 8, -(-width // 32) * 8)
+        assert logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_swin_at_its_own_size_is_the_library_swin(encoder):
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    free = build_model("UPerNet", f"tu-{encoder}", 3, decoder_channels=16).eval().encoder
+    strict = get_encoder(f"tu-{encoder}", weights=None).eval()
+    strict.load_state_dict(free.state_dict())
+    image = torch.rand(1, 3, *[int(encoder[-3:])] * 2)
+    with torch.no_grad():
+        for own, reference in zip(free(image), strict(image), strict=True):
+            assert torch.allclose(own, reference, atol=1e-5)
+
+
+def test_features_are_the_decoded_maps():
+    network = build_model("FPN", SMALL, 3).eval()
+    image = torch.rand(1, 3, 40, 60)
+    with torch.no_grad():
+        maps = network.encode(image)
+        assert [tuple(m.shape[-2:]) for m in maps] == [(64 >> i, 64 >> i) for i in range(6)]
+        assert torch.equal(network.decode(maps), network.features(image))
+
+
+@pytest.mark.parametrize("architecture", ["FPN", "PSPNet", "PSPNetDilated", "UnetPlusPlus", "Segformer", "OCR"])
+def test_auxiliary_logits_exist_in_training_only(architecture):
+    network = build_model(architecture, SMALL, 5, auxiliary=0.25)
+    assert network.auxiliary_weight == 0.25
+    assert network.train()(torch.rand(2, 3, 50, 70)).auxiliary.shape == (2, 5, 50, 70)
+    with torch.no_grad():
+        assert network.eval()(torch.rand(2, 3, 50, 70)).auxiliary is None
+
+
+def test_auxiliary_head_reads_stage_3():
+    network = build_model("PSPNetDilated", "tu-resnet18", 3, auxiliary=True)
+    assert network.auxiliary_weight == 0.4
+    assert (network.auxiliary[0][0].in_channels, network.auxiliary[0][0].out_channels) == (256, 64)
+    network.auxiliary.eval()  # no dropout; the rest stays in training mode
+    image = torch.rand(2, 3, 48, 64)
+    with torch.no_grad():
+        got = network(image).auxiliary
+        expected = network.auxiliary(network.encode(image)[4])
+    assert expected.shape == (2, 3, 6, 8)
+    resize = F.interpolate(expected, (48, 64), mode="bilinear", align_corners=False)
+    assert torch.allclose(got, resize, atol=1e-5)
+
+
+def test_auxiliary_head_changes_nothing_at_inference(monkeypatch):
+    networks = []
+    for auxiliary in (False, True):
+        torch.manual_seed(0)
+        networks.append(build_model("FPN", SMALL, 3, auxiliary=auxiliary).eval())
+    plain, other = networks
+    state = {name: value for name, value in other.state_dict().items() if not name.startswith("auxiliary.")}
+    assert state.keys() == plain.state_dict().keys()
+    assert len(state) < len(other.state_dict())
+    monkeypatch.setattr(other.auxiliary, "forward", None)  # calling it would fail
+    image = torch.rand(1, 3, 50, 70)
+    with torch.no_grad():
+        assert torch.equal(plain(image).logits, other(image).logits)
+    with pytest.raises(TypeError):
+        other.train()(image.repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auxiliary", "weight"),
+    [
+        ("FPN", None, 0), ("FPN", False, 0), ("FPN", True, 0.4), ("FPN", 0, 0), ("FPN", 1, 1),
+        ("OCR", None, 0.4), ("OCR", False, 0), ("OCR", 0.5, 0.5),
+    ],
+)  # fmt: skip
+def test_auxiliary_weight(architecture, auxiliary, weight):
+    network = build_model(architecture, SMALL, 3, auxiliary=auxiliary)
+    assert network.auxiliary_weight == weight
+    assert (network(torch.rand(2, 3, 32, 32)).auxiliary is None) == (weight == 0)
+
+
+def test_option_names_have_any_case():
+    assert build_model("FPN", SMALL, 3, Decoder_Segmentation_Channels=64).feature_channels == 64
+
+
 def test_local_weights_are_loaded_with_their_own_scaling(real_data):
     network = build_model("DeepLabV3Plus", "mobilenet_v2", 11, weights="mobilenet_v2_imagenet", root=real_data)
     stored = load_file(real_data / "weights/mobilenet_v2_imagenet.safetensors")
@@ -97,6 +196,18 @@ def test_weights_from_any_safetensors_file(tmp_path):
         ({"encoder": "mobilnet_v2"}, "did you mean 'mobilenet_v2'"),
         ({"encoder": "tu-resnet19"}, "did you mean 'tu-resnet18'"),
         ({"decoder_chanels": 3}, "did you mean 'decoder_channels'"),
+        ({"architecture": "OCR", "ocr_chanels": 3}, "option of OCR .*did you mean 'ocr_channels'"),
+        ({"architecture": "PSPNetDilated", "bins": 3}, "did you mean 'psp_bins'"),
+        ({"architecture": "SegNet", "encoder_name": "vgg11"}, "unknown option of SegNet"),
+        ({"auxilary": True}, "did you mean 'auxiliary'"),
+        ({"auxiliary": -0.4}, "finite weight >= 0, not -0.4"),
+        ({"auxiliary": float("nan")}, "finite weight >= 0, not nan"),
+        ({"auxiliary": "yes"}, "finite weight >= 0, not 'yes'"),
+        ({"architecture": "DPT", "encoder": "tu-vit_tiny_patch16_224", "auxiliary": True}, "DPT has no auxiliary"),
+        ({"architecture": "SegNet"}, "choose vgg16_bn"),
+        ({"architecture": "AttentionUnet", "decoder_channels": [16, 8]}, "AttentionUnet cannot be built .* 2 blocks"),
+        ({"architecture": "PSPNetDilated", "encoder": "densenet121"}, "do not support dilated mode"),
+        ({"architecture": "PSPNetDilated", "encoder": "tu-hrnet_w18_small"}, "the encoder refuses"),
         ({"architecture": "UnetPlusPlus", "encoder": "mit_b0"}, "UnetPlusPlus cannot be built with encoder 'mit_b0'"),
         ({"weights": "mobilenet_v2_imagenet"}, "belong to encoder 'mobilenet_v2'"),
         ({"weights": "nowhere.safetensors"}, "no weight file at nowhere.safetensors"),

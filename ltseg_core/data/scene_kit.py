@@ -22,12 +22,16 @@ RGB = tuple[int, int, int]
 
 
 class Sprite(NamedTuple):
+    """A small picture of an object."""
+
     slots: np.ndarray  # (CELLS, CELLS) uint16: slot 1 to 4 of the colour table, 0 outside
     aspect: float  # width / height
     fill: float  # share of the box that is not 0
 
 
 class Stuff(NamedTuple):
+    """A class without instances, e.g. road."""
+
     name: str
     presence: float  # share of the images
     colours: tuple[RGB, ...]  # one is drawn for each image, or each building
@@ -36,6 +40,8 @@ class Stuff(NamedTuple):
 
 
 class Thing(NamedTuple):
+    """A class of countable objects, e.g. car."""
+
     name: str
     commonness: int  # order by image frequency; the order of the table is that by pixel frequency
     metres: float  # height of the object
@@ -150,6 +156,7 @@ def sprites() -> tuple[tuple[Sprite, ...], ...]:
 
 @functools.cache
 def disc() -> np.ndarray:
+    """A filled circle, (CELLS, CELLS) uint16."""
     return _sprite("1: e1 50 50 50 50").slots
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ltseg_core.config import choose
+from ltseg_core.config import check_options, choose
 from ltseg_core.losses import LOSSES, build_loss
 from ltseg_core.models import Output
 from ltseg_core.stats import ClassCounts
@@ -45,6 +45,20 @@ class PixelCriterion(nn.Module):
         return self.loss(output.logits, target)
 
 
+@dataclass(frozen=True)
+class Method:
+    """How to build a method's stages, and where it starts.
+
+    build:  (network, counts, *, keyword-only hyper-parameters) -> stages
+    first:  a method whose finished run of the same experiment gives the weights to start from; None: from scratch
+    length: steps of the method's own stages, as a share of the experiment's
+    """
+
+    build: Callable[..., list[Stage]]
+    first: str | None = None
+    length: float = 1.0
+
+
 def pixel_loss(name: str) -> Callable[..., list[Stage]]:
     """A method that trains the whole network with one pixel loss in one stage."""
 
@@ -54,9 +68,12 @@ def pixel_loss(name: str) -> Callable[..., list[Stage]]:
     return build
 
 
-METHODS: dict[str, Callable[..., list[Stage]]] = {name: pixel_loss(name) for name in LOSSES}
+METHODS: dict[str, Method] = {name: Method(pixel_loss(name)) for name in LOSSES}
 
 
 def build_method(name: str, network: nn.Module, counts: ClassCounts, hyper: Mapping[str, Any]) -> list[Stage]:
     """The stages of a method. Raises UserError for an unknown method or hyper-parameter, or one out of range."""
-    return METHODS[choose("method", name, METHODS)](network, counts, **hyper)
+    name = choose("method", name, METHODS)
+    if name not in LOSSES:  # build_loss checks its own
+        check_options(f"hyper-parameter of {name}", hyper, METHODS[name].build)
+    return METHODS[name].build(network, counts, **hyper)

@@ -1,0 +1,418 @@
+"""MEDOE: a multi-expert decoder and output ensemble for long-tailed semantic segmentation (no public code).
+
+Classes sorted by falling pixel count are cut into K groups, head first. Expert i = 1..K has its own decoder and
+classifier over all C classes, and learns from the pixels whose class is in its label set S_i (Eq. 1-2):
+
+    L^i     = L_ce^i + alpha L_aux^i,  L_ce^i = -1/|Omega_i| sum_{u in Omega_i} log softmax(z_iu)_{y_u}
+    L_aux^i = sum_{k not in S_i} ||z_i^k||_2 + sum_{k in S_i} p_i^k log(p_i^k / q^k)                (Eq. 3-4)
+
+All experts learn together; the encoder has the gradient of expert 1 only, the others read it through a
+stop-gradient. A short second stage learns how to combine the frozen experts (Eq. 7-9), or a fixed rule does.
+Symbols: z_i (B, C, H, W) logits of expert i, p_i = softmax(z_i), Omega valid pixels, Omega_i those with y in S_i.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ltseg_core.config import IGNORE_INDEX, UserError, choose
+from ltseg_core.losses import _require, _wide, build_loss, cross_entropy, mean_over_valid, per_channel, per_pixel
+from ltseg_core.methods import PixelCriterion, Stage
+from ltseg_core.models import SegmentationNetwork
+from ltseg_core.stats import HEAD_SHARE, TAIL_SHARE, ClassCounts
+
+Sets = Literal["overlap", "disjoint", "disjoint_all", "all"]
+Rule = Literal["average", "group_average", "argmax", "threshold", "head"]
+Learned = Literal["moe_mean", "moe_weighted", "moe_logits", "moe_gate"]
+SETS, RULES, LEARNED = get_args(Sets), get_args(Rule), get_args(Learned)
+
+
+def build(
+    network: SegmentationNetwork,
+    counts: ClassCounts,
+    *,
+    shares: Sequence[float] = (HEAD_SHARE, TAIL_SHARE),
+    cuts: Sequence[int] | None = None,
+    sets: Sets = "overlap",
+    share: Literal["encoder", "decoder", "nothing"] = "encoder",
+    shared_gradient: Literal["head", "all"] = "head",
+    alpha: float = 0.2,
+    l2: Literal["pixel", "class", "none"] = "pixel",
+    l2_pixels: Literal["valid", "own"] = "valid",
+    kl: Literal["batch", "pixel", "none"] = "batch",
+    ensemble: Learned | Rule = "moe_mean",
+    ensemble_share: float = 0.1,
+    initial_weight: float = 1.0,
+    threshold: float = 0.3,
+) -> list[Stage]:
+    """Joint training of the experts, then (for `moe_*`) of the ensemble of the frozen experts.
+
+    shares:   falling shares of the labelled pixels between the groups; K = len(shares) + 1 experts, () is one
+    cuts:     used instead of `shares` if given: how many of the most frequent classes come before groups 2..K,
+              e.g. (21, 76) on ADE20K, (4, 8) on Cityscapes
+    sets:     "overlap" S_i = groups i..K; "disjoint" S_i = group i; "disjoint_all" so, but S_1 = all classes (the
+              paper's arm without overlap is one of the two); "all" S_i = all classes
+    share:    what the experts have in common: the "encoder"; the "decoder" too, so that only classifiers differ
+              (arm MCN); or "nothing", K whole networks (arm ME, with sets="all", alpha=0, ensemble="average")
+    shared_gradient: the common part learns from expert 1, the "head" expert, or from "all"
+    alpha:    weight of L_aux; 0.2 in the paper
+    l2:       what the norm of Eq. 3 is over. "pixel": ||z_iu over k not in S_i||_2 of each pixel, averaged; "class":
+              the root mean square over the pixels for each k, summed. A sum over pixels would dwarf L_ce
+    l2_pixels: on all "valid" pixels, or on the expert's "own" Omega_i
+    kl:       what p_i^k of Eq. 4 is, restricted to S_i and renormalised, as is q, the pixel share of class k: the
+              mean of p_i over Omega_i ("batch"), or that of each "pixel", averaged. The latter penalises confidence
+    ensemble: of `LearnedEnsemble` (trained) or `SimpleEnsemble` (one stage only)
+    ensemble_share: of the steps for the second stage; 1.6k / 81.6k = 0.02 in the paper, more here, as a few
+              hundred steps in all would leave it no more than a handful
+    initial_weight: w at the start (see LearnedEnsemble); the paper does not say
+    threshold: of ensemble="threshold"
+    Raises UserError for a value out of range, contradicting options, a network with an auxiliary head, and for cuts
+    that leave an expert without a class that occurs.
+    """
+    sets = choose("sets", sets, SETS)  # type: ignore[assignment]
+    share = choose("share", share, ("encoder", "decoder", "nothing"))  # type: ignore[assignment]
+    shared_gradient = choose("shared_gradient", shared_gradient, ("head", "all"))  # type: ignore[assignment]
+    l2 = choose("l2", l2, ("pixel", "class", "none"))  # type: ignore[assignment]
+    l2_pixels = choose("l2_pixels", l2_pixels, ("valid", "own"))  # type: ignore[assignment]
+    kl = choose("kl", kl, ("batch", "pixel", "none"))  # type: ignore[assignment]
+    ensemble = choose("ensemble", ensemble, (*LEARNED, *RULES))  # type: ignore[assignment]
+    _require("alpha", alpha, alpha >= 0, ">= 0")
+    _require("ensemble_share", ensemble_share, 0 < ensemble_share < 1, "in (0, 1)")
+    _require("initial_weight", initial_weight, True, "finite")
+    _require("threshold", threshold, 0 <= threshold <= 1, "in [0, 1]")
+    if share == "nothing" and shared_gradient == "all":
+        raise UserError("shared_gradient='all' has no meaning for share='nothing': whole networks share no part")
+    if alpha and l2 == kl == "none":
+        raise UserError(f"l2='none' and kl='none' leave nothing for alpha={alpha:g} to weigh: set alpha to 0")
+    labels = label_sets(class_groups(counts, shares=shares, cuts=cuts), sets)
+    experts = Experts(network, len(labels), share=share, shared_gradient=shared_gradient)
+    criterion = ExpertCriterion(labels, counts, alpha=alpha, l2=l2, l2_pixels=l2_pixels, kl=kl)
+    if ensemble in RULES:
+        return [Stage("medoe", Combined(experts, SimpleEnsemble(labels, ensemble, threshold)), criterion)]
+    combined = Combined(experts, LearnedEnsemble(len(labels), counts.num_classes, ensemble, initial_weight))
+    select = PixelCriterion(build_loss("ce", counts))
+    return [
+        Stage("experts", experts, criterion, share=1 - ensemble_share),
+        Stage("ensemble", combined, select, share=ensemble_share, frozen=(experts,)),
+    ]
+
+
+# --- which classes an expert learns ---
+
+
+def class_groups(
+    counts: ClassCounts, *, shares: Sequence[float] = (HEAD_SHARE, TAIL_SHARE), cuts: Sequence[int] | None = None
+) -> Tensor:
+    """Group of each class, 0 (head) .. K-1 (tail), (C,) int64; see `build` for the cuts.
+
+    A class with a share of exactly shares[i] is in group i; one without pixels is in the last.
+    Raises UserError unless 1 > shares[0] > shares[1] > ... > 0, or 0 < cuts[0] < cuts[1] < ... < C, and if no class
+    of a group has a pixel.
+    """
+    steps = list(shares if cuts is None else cuts)
+    if cuts is None:
+        if not all(a > b for a, b in zip([1.0, *steps], [*steps, 0.0], strict=True)):
+            raise UserError(f"shares must fall strictly between 1 and 0, got {tuple(steps)}")
+        group = (counts.pixel_share().unsqueeze(1) < torch.tensor(steps, dtype=torch.float64)).sum(1)
+    else:
+        if not all(type(c) is int for c in steps) or not all(
+            a < b for a, b in zip([0, *steps], [*steps, counts.num_classes], strict=True)
+        ):
+            raise UserError(f"cuts must rise strictly between 0 and {counts.num_classes} classes, got {tuple(steps)}")
+        rank = counts.pixels.argsort(descending=True, stable=True).argsort()
+        group = torch.bucketize(rank, torch.tensor(steps, dtype=torch.int64), right=True)
+    group[counts.pixels == 0] = len(steps)
+    sizes = group[counts.pixels > 0].bincount(minlength=len(steps) + 1).tolist()
+    if 0 in sizes:
+        name = "shares" if cuts is None else "cuts"
+        raise UserError(
+            f"expert {sizes.index(0) + 1} would have no classes: {name}={tuple(steps)} put {sizes} classes that occur"
+            f" into the {len(sizes)} groups, head first; choose other {name}, e.g. shorter ones for fewer experts"
+        )
+    return group
+
+
+def label_sets(group: Tensor, sets: str = "overlap") -> Tensor:
+    """Which classes each expert learns, (K, C) bool, from their groups (C,); see `build`."""
+    expert = torch.arange(int(group.max()) + 1, device=group.device).unsqueeze(1)
+    if choose("sets", sets, SETS) == "overlap":
+        return group >= expert
+    return (group == expert) | (sets == "all") | ((sets == "disjoint_all") & (expert == 0))
+
+
+def expert_target(target: Tensor, labels: Tensor) -> Tensor:
+    """y where y is in S_i, IGNORE_INDEX elsewhere. target (B, H, W) integer, labels (C,) bool"""
+    return target.masked_fill(~per_pixel(labels, target), IGNORE_INDEX)
+
+
+# --- the networks ---
+
+
+class ExpertOutput(NamedTuple):
+    """An Output with the logits of every expert, each (B, C, H, W); the features are those of expert 1."""
+
+    features: Tensor
+    logits: Tensor
+    experts: tuple[Tensor, ...]
+
+
+class Experts(nn.Module):
+    """K experts that share the encoder, the encoder and decoder, or nothing of a network.
+
+    forward: images (B, 3, H, W) -> ExpertOutput, with the logits of expert 1. Expert 1 is the network itself; what the
+    others have of their own is copied from it and drawn anew.
+    """
+
+    def __init__(
+        self, network: SegmentationNetwork, number: int, *, share: str = "encoder", shared_gradient: str = "head"
+    ) -> None:
+        from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
+
+        super().__init__()
+        if network.auxiliary_weight:
+            raise UserError("medoe cannot train a network with an auxiliary head: leave out the option `auxiliary`")
+        self.base, self.share, self.shared_gradient = network, share, shared_gradient
+        self.others = nn.ModuleList()
+        for _ in range(number - 1):
+            # the parts that are shared are left out of the copy
+            shared = {"encoder": ["encoder"], "decoder": ["encoder", "decoder", "neck"], "nothing": []}[share]
+            own = copy.deepcopy(network, {id(getattr(network, part)): nn.Identity() for part in shared})
+            if share != "decoder":
+                initialize_decoder(own.decoder)
+                initialize_decoder(own.neck)
+            initialize_head(own.classifier)
+            self.others.append(own)
+
+    def forward(self, image: Tensor) -> ExpertOutput:
+        base: Any = self.base
+        if self.share == "nothing":
+            outputs = [expert(image) for expert in (base, *self.others)]
+            return ExpertOutput(outputs[0].features, outputs[0].logits, tuple(o.logits for o in outputs))
+        maps = base.encode(image)
+        features = base.decode(maps)
+        if self.share == "decoder":
+            seen = self._seen(features)
+            every = [features, *(seen for _ in self.others)]
+        else:
+            seen = self._seen(maps)
+            every = [features, *(expert.decode(seen) for expert in self.others)]  # type: ignore[operator]
+        experts = tuple(
+            base.resize(expert.classifier(own), image) for expert, own in zip((base, *self.others), every, strict=True)
+        )
+        return ExpertOutput(features, experts[0], experts)
+
+    def _seen(self, maps: Any) -> Any:
+        """What experts 2..K read of the shared part."""
+        return maps if self.shared_gradient == "all" else _detached(maps)
+
+
+def _detached(maps: Any) -> Any:
+    """Tensors, possibly in nested lists, without their history."""
+    if isinstance(maps, (list, tuple)):
+        return [_detached(m) for m in maps]
+    return maps.detach() if isinstance(maps, Tensor) else maps
+
+
+class Combined(nn.Module):
+    """The experts, with the logits of an ensemble of them.
+
+    While a rule without parameters trains, nothing is combined and the logits are those of expert 1.
+    """
+
+    def __init__(self, experts: Experts, ensemble: nn.Module) -> None:
+        super().__init__()
+        self.experts, self.ensemble = experts, ensemble
+
+    def forward(self, image: Tensor) -> ExpertOutput:
+        output = self.experts(image)
+        if self.training and isinstance(self.ensemble, SimpleEnsemble):
+            return output
+        return output._replace(logits=self.ensemble(output.experts))
+
+
+# --- stage 1 ---
+
+
+class ExpertCriterion(nn.Module):
+    """sum_i L_ce^i + alpha L_aux^i for labels (K, C) bool; see `build` for the readings of L_aux."""
+
+    labels: Tensor
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        labels: Tensor,
+        counts: ClassCounts,
+        *,
+        alpha: float,
+        l2: str = "pixel",
+        l2_pixels: str = "valid",
+        kl: str = "batch",
+    ) -> None:
+        super().__init__()
+        self.alpha, self.l2, self.l2_pixels, self.kl = alpha, l2, l2_pixels, kl
+        self.narrow = (~labels).any(1).tolist()
+        self.register_buffer("labels", labels)
+        self.register_buffer("log_prior", counts.pixels.clamp(min=1).double().log().float())  # up to a constant
+
+    def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
+        experts = zip(output.experts, self.labels, self.narrow, strict=True)
+        return torch.stack([self.expert_loss(z, target, labels, narrow) for z, labels, narrow in experts]).sum()
+
+    def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, narrow: bool) -> Tensor:
+        """L^i for z_i (B, C, H, W), y (B, H, W) and S_i (C,) bool; narrow: S_i is not all classes."""
+        own = expert_target(target.long(), labels)
+        loss = cross_entropy(logits, own)
+        if not self.alpha:
+            return loss
+        auxiliary = loss.new_zeros(())
+        if self.l2 != "none" and narrow:
+            auxiliary = outside_norm(logits, own if self.l2_pixels == "own" else target, labels, self.l2)
+        if self.kl != "none":
+            auxiliary = auxiliary + prior_divergence(logits, own, labels, self.log_prior, self.kl)
+        return loss + self.alpha * auxiliary
+
+
+def outside_norm(logits: Tensor, target: Tensor, labels: Tensor, form: str = "pixel") -> Tensor:
+    """Norm of the logits of the classes outside S_i over the valid pixels of the target; 0 if there are none.
+
+    "pixel": 1/|Omega| sum_u sqrt(sum_{k not in S} z_uk^2);  "class": sum_{k not in S} sqrt(1/|Omega| sum_u z_uk^2)
+    """
+    ignored = (target == IGNORE_INDEX).unsqueeze(1)
+    outside = (_wide(logits) * ~labels.view(1, -1, 1, 1)).masked_fill(ignored, 0)
+    if form == "pixel":
+        return mean_over_valid(torch.linalg.vector_norm(outside, dim=1), target)
+    return (torch.linalg.vector_norm(outside, dim=(0, 2, 3)) / (~ignored).sum().clamp(min=1).sqrt()).sum()
+
+
+def prior_divergence(logits: Tensor, target: Tensor, labels: Tensor, log_prior: Tensor, form: str = "batch") -> Tensor:
+    """KL(p || q) over the classes of S_i, p and q renormalised there; 0 if the target has no valid pixel.
+
+    p: the mean softmax of the valid pixels ("batch"), or that of each of them, the divergence averaged ("pixel")
+    log_prior: (C,), log q up to a constant
+    """
+    lowest = torch.finfo(torch.float32).min / 4  # -inf would give NaN gradients
+    log_q = log_prior.to(_wide(logits).dtype).masked_fill(~labels, lowest).log_softmax(0)
+    log_p = _wide(logits).log_softmax(1)
+    ignored = target == IGNORE_INDEX
+    if form == "batch":
+        total = log_p.masked_fill(ignored.unsqueeze(1), lowest).logsumexp((0, 2, 3))
+        log_p = total.masked_fill(~labels, lowest).log_softmax(0)
+        return (log_p.exp() * (log_p - log_q)).sum() * (~ignored).any()
+    log_p = log_p.masked_fill(~labels.view(1, -1, 1, 1), lowest).log_softmax(1)
+    divergence = (log_p.exp() * (log_p - per_channel(log_q, log_p))).sum(1)
+    return mean_over_valid(divergence.masked_fill(ignored, 0), target)
+
+
+# --- stage 2 ---
+
+
+class SimpleEnsemble(nn.Module):
+    """Rules without parameters: logits of K experts -> log of a score, (B, C, H, W), for arg max over classes.
+
+    average:       mean_i p_i (the arm ME)
+    group_average: for each class the mean of p_i over the experts that learn it
+    argmax:        the class of the largest confidence of any expert: max_i p_i
+    threshold:     p_i of the last, most specialised expert whose largest p_i is at least `threshold`; else p_1
+    head:          p_1
+    The paper names three of them, with 0.3, but does not define them (Table 6): these are readings.
+    """
+
+    labels: Tensor
+
+    def __init__(self, labels: Tensor, rule: str, threshold: float = 0.3) -> None:
+        super().__init__()
+        self.rule, self.threshold = choose("rule", rule, RULES), threshold
+        self.register_buffer("labels", labels)
+
+    def forward(self, experts: Sequence[Tensor]) -> Tensor:
+        if self.rule == "head":
+            return _wide(experts[0]).log_softmax(1)
+        log_p = torch.stack([_wide(z).log_softmax(1) for z in experts])  # (K, B, C, H, W)
+        if self.rule == "average":
+            return log_p.logsumexp(0) - math.log(len(experts))
+        if self.rule == "group_average":
+            log_p = log_p.masked_fill(~self.labels[:, None, :, None, None], -torch.inf)
+            return log_p.logsumexp(0) - per_channel(self.labels.sum(0).log(), log_p)
+        if self.rule == "argmax":
+            return log_p.amax(0)
+        sure = log_p.amax(2).exp() >= self.threshold  # (K, B, H, W)
+        number = torch.arange(len(experts), device=sure.device).view(-1, 1, 1, 1)
+        chosen = (sure * number).amax(0)
+        return log_p.gather(0, chosen[None, :, None].expand_as(log_p[:1]))[0]
+
+
+class LearnedEnsemble(nn.Module):
+    """Readings of Eq. 7-8, weights w and biases beta (K, C): logits of K experts -> log p_final (B, C, H, W).
+
+    Eq. 7 is p^_i = softmax_j(w_i^j p_i^j + beta_i^j), of probabilities. Eq. 8, 1/K sum_i w_i p^_i, is no
+    distribution and can be negative, so that the log of it in Eq. 9 is undefined. Readings:
+
+    moe_mean:     p_final = 1/K sum_i p^_i: without the second w
+    moe_weighted: p_final^j proportional to sum_i |w_i^j| / sum_l |w_l^j| p^_i^j
+    moe_logits:   p_final = softmax_j(sum_i w_i^j z_i^j + beta^j); here w starts at 1/K times its initial value
+    moe_gate:     p_final^j proportional to sum_i g_i^j p_i^j,  g = softmax_i(w_i^j p_i^j + beta_i^j): the softmax
+                  of Eq. 7 over experts
+    The cross-entropy of these logits is Eq. 9 with p_final normalised over the classes. w = initial_weight, beta = 0 at
+    the start. At w = 1 the distributions p^_i are almost uniform (largest ratio e), but their order is that of p_i.
+    """
+
+    def __init__(self, number: int, classes: int, reading: str, initial_weight: float = 1.0) -> None:
+        super().__init__()
+        self.reading = choose("reading", reading, LEARNED)
+        logits = reading == "moe_logits"
+        self.weight = nn.Parameter(torch.full((number, classes), initial_weight / (number if logits else 1)))
+        self.bias = nn.Parameter(torch.zeros((classes,) if logits else (number, classes)))
+
+    def forward(self, experts: Sequence[Tensor]) -> Tensor:
+        z = torch.stack([_wide(z) for z in experts])  # (K, B, C, H, W)
+        weight = self.weight.to(z.dtype)[:, None, :, None, None]
+        if self.reading == "moe_logits":
+            return (weight * z).sum(0) + per_channel(self.bias, z)
+        log_p = z.log_softmax(2)
+        scores = weight * log_p.exp() + self.bias.to(z.dtype)[:, None, :, None, None]
+        if self.reading == "moe_gate":
+            return (scores.log_softmax(0) + log_p).logsumexp(0)
+        log_p = scores.log_softmax(2)
+        if self.reading == "moe_mean":
+            return log_p.logsumexp(0) - math.log(len(experts))
+        size = weight.abs().clamp(min=torch.finfo(z.dtype).tiny)
+        return (log_p + size.log() - size.sum(0).log()).logsumexp(0)
+
+
+# --- the oracle ---
+
+
+def oracle_prediction(
+    experts: Sequence[Tensor], target: Tensor, group: Tensor, allowed: Tensor | None = None
+) -> Tensor:
+    """The label that the expert of each pixel's true group gives it, (B, H, W) int64.
+
+    experts: K logits (B, C, H, W);  target: (B, H, W) integer;  group: (C,), see `class_groups`
+    allowed: (K, C) bool, the classes expert i may choose; None for all (the paper's text). label_sets(group, "overlap")
+        restricts it to S_i, label_sets(group, "disjoint") to its own group
+    Ignored pixels get the label of expert 1.
+    """
+    labels = torch.stack(
+        [
+            (z if allowed is None else z.masked_fill(~allowed[i].view(1, -1, 1, 1), -torch.inf)).argmax(1)
+            for i, z in enumerate(experts)
+        ]
+    )
+    return labels.gather(0, per_pixel(group, target.long()).unsqueeze(0))[0]
+
+
+def restricted_prediction(logits: Tensor, target: Tensor, allowed: Tensor, group: Tensor) -> Tensor:
+    """What a single network predicts if it may choose among the classes of each pixel's true group only.
+
+    logits: (B, C, H, W);  target: (B, H, W);  allowed: (K, C) bool as above;  returns (B, H, W) int64
+    What it gains over the plain arg max is knowledge of the label, not of the experts: the part of the oracle's gain
+    that any network would have.
+    """
+    return oracle_prediction([logits] * len(allowed), target, group, allowed)

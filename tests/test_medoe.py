@@ -1,0 +1,538 @@
+"""MEDOE: label sets, who teaches the encoder, the auxiliary loss, the ensembles and the oracle."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ltseg_core import stats
+from ltseg_core.config import IGNORE_INDEX, UserError
+from ltseg_core.losses import cross_entropy
+from ltseg_core.methods import build_method
+from ltseg_core.methods.medoe import (
+    LEARNED,
+    RULES,
+    ExpertCriterion,
+    ExpertOutput,
+    Experts,
+    LearnedEnsemble,
+    SimpleEnsemble,
+    build,
+    class_groups,
+    expert_target,
+    label_sets,
+    oracle_prediction,
+    outside_norm,
+    prior_divergence,
+    restricted_prediction,
+)
+from ltseg_core.models import SegmentationNetwork
+from ltseg_core.stats import ClassCounts
+
+C = 6
+PIXELS = [900, 90_000, 60, 300, 50_000, 0]  # by falling count: 1 4 | 0 3 | 2 5
+COUNTS = ClassCounts(torch.tensor(PIXELS), torch.tensor([30, 40, 9, 20, 35, 0]))
+GROUP = torch.tensor([1, 0, 2, 1, 0, 2])
+
+
+class Encoder(nn.Module):
+    output_stride = 4
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, 4, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return [x, self.norm(self.conv(x))]
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5)
+
+    def forward(self, maps):
+        return self.norm(self.conv(maps[-1])).relu()
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.segmentation_head = Encoder(), Decoder(), nn.Sequential(nn.Conv2d(5, C, 1))
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return SegmentationNetwork(Model())
+
+
+def images(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, C - 1, (2, 14, 18), generator=g)
+    target[0, :3] = IGNORE_INDEX
+    return torch.rand(2, 3, 14, 18, generator=g), target
+
+
+def logits(seed=0, k=3):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, C, (2, 3, 4), generator=g)
+    y[0, 0, :2] = IGNORE_INDEX
+    return [2 * torch.randn(2, C, 3, 4, generator=g, dtype=torch.float64) for _ in range(k)], y
+
+
+def start(stage):
+    """What the training loop does before the first step."""
+    for module in stage.frozen:
+        module.requires_grad_(False)
+    stage.network.train()
+    stage.criterion.train()
+    for module in stage.frozen:
+        module.eval()
+    return [p for m in (stage.network, stage.criterion) for p in m.parameters() if p.requires_grad]
+
+
+def train(stage, steps=2, lr=0.05):
+    parameters = start(stage)
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    for step in range(steps):
+        image, target = images(step)
+        optimizer.zero_grad()
+        stage.criterion(stage.network(image), target).backward()
+        assert all(p.grad is not None for p in parameters)  # several processes need every gradient
+        optimizer.step()
+    return stage
+
+
+# --- label sets ---
+
+
+def test_groups_are_those_of_the_statistics():
+    assert torch.equal(class_groups(COUNTS), GROUP)
+    names = [stats.GROUPS[i] for i in class_groups(COUNTS)]
+    assert names == stats.groups(COUNTS)
+    assert torch.equal(class_groups(COUNTS, cuts=(2, 4)), GROUP)
+    assert torch.equal(class_groups(COUNTS, cuts=(1,)), torch.tensor([1, 0, 1, 1, 1, 1]))
+    assert not class_groups(COUNTS, shares=()).any()
+
+
+@given(st.permutations(range(8)), st.integers(1, 7))
+def test_cuts_count_the_most_frequent_classes(order, cut):
+    counts = ClassCounts(torch.tensor([2**i for i in order]), torch.ones(8, dtype=torch.int64))
+    expected = torch.tensor([0 if 7 - i < cut else 1 for i in order])
+    assert torch.equal(class_groups(counts, cuts=[cut]), expected)
+
+
+def test_label_sets():
+    overlap, disjoint, disjoint_all, everything = (
+        label_sets(GROUP, kind) for kind in ("overlap", "disjoint", "disjoint_all", "all")
+    )
+    members = [[s.nonzero().flatten().tolist() for s in sets] for sets in (overlap, disjoint, disjoint_all)]
+    assert members[0] == [[0, 1, 2, 3, 4, 5], [0, 2, 3, 5], [2, 5]]
+    assert members[1] == [[1, 4], [0, 3], [2, 5]]
+    assert members[2] == [[0, 1, 2, 3, 4, 5], [0, 3], [2, 5]]
+    assert everything.shape == (3, C)
+    assert everything.all()
+    assert torch.equal(disjoint.sum(0), torch.ones(C, dtype=torch.int64))
+    assert torch.equal(disjoint[:2], overlap[:2] & ~overlap[1:])  # S_n without S_n+1
+
+
+def test_expert_target_masks_the_labels_of_others():
+    y = torch.tensor([[[0, 1, 2], [5, IGNORE_INDEX, 4]]])
+    expected = torch.tensor([[[255, 255, 2], [5, 255, 255]]])
+    assert torch.equal(expert_target(y, label_sets(GROUP)[2]), expected)
+
+
+# --- stage 1 ---
+
+
+@pytest.mark.parametrize("sets", ["overlap", "disjoint", "disjoint_all", "all"])
+def test_alpha_0_is_the_sum_of_the_experts_cross_entropies(sets):
+    z, y = logits()
+    labels = label_sets(GROUP, sets)
+    loss = ExpertCriterion(labels, COUNTS, alpha=0.0)(ExpertOutput(z[0], z[0], tuple(z)), y)
+    expected = 0.0
+    for i in range(3):
+        terms = [
+            -z[i][b, :, u, v].log_softmax(0)[y[b, u, v]].item()
+            for b, u, v in np.ndindex(*y.shape)
+            if y[b, u, v] != IGNORE_INDEX and labels[i, y[b, u, v]]
+        ]
+        expected += np.mean(terms)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_auxiliary_loss_is_added_with_its_weight():
+    z, y = logits()
+    labels = label_sets(GROUP)
+    output = ExpertOutput(z[0], z[0], tuple(z))
+    prior = COUNTS.pixels.clamp(min=1).double().log()
+    for l2, kl, pixels in [("pixel", "batch", "valid"), ("class", "none", "own"), ("none", "pixel", "valid")]:
+        criterion = ExpertCriterion(labels, COUNTS, alpha=0.3, l2=l2, kl=kl, l2_pixels=pixels)
+        plain = ExpertCriterion(labels, COUNTS, alpha=0.0)(output, y)
+        extra = 0.0
+        for i in range(3):
+            own = expert_target(y, labels[i])
+            if l2 != "none":
+                extra += outside_norm(z[i], own if pixels == "own" else y, labels[i], l2).item()
+            if kl != "none":
+                extra += prior_divergence(z[i], own, labels[i], prior, kl).item()
+        assert criterion(output, y).item() == pytest.approx(plain.item() + 0.3 * extra, rel=1e-6)
+        assert extra > 0
+
+
+def test_outside_norm_equals_loops():
+    (z, *_), y = logits()
+    outside = [0, 1, 3, 4]
+    valid = [(b, u, v) for b, u, v in np.ndindex(*y.shape) if y[b, u, v] != IGNORE_INDEX]
+    labels = label_sets(GROUP)[2]
+    by_pixel = [math.sqrt(sum(z[b, k, u, v].item() ** 2 for k in outside)) for b, u, v in valid]
+    assert outside_norm(z, y, labels, "pixel").item() == pytest.approx(np.mean(by_pixel), rel=1e-12)
+    by_class = [math.sqrt(np.mean([z[b, k, u, v].item() ** 2 for b, u, v in valid])) for k in outside]
+    assert outside_norm(z, y, labels, "class").item() == pytest.approx(sum(by_class), rel=1e-12)
+    for form in ("pixel", "class"):
+        assert outside_norm(z, y, torch.ones(C, dtype=torch.bool), form) == 0
+
+
+def test_prior_divergence_equals_loops():
+    (z, *_), y = logits()
+    labels = label_sets(GROUP)[1]
+    inside = [0, 2, 3, 5]
+    own = expert_target(y, labels)
+    q = np.maximum(np.array(PIXELS, dtype=float)[inside], 1)
+    q /= q.sum()
+    p = z.softmax(1)
+    rows = np.array([p[b, inside, u, v].tolist() for b, u, v in np.ndindex(*y.shape) if own[b, u, v] != IGNORE_INDEX])
+
+    def divergence(row):
+        row = row / row.sum()
+        return float((row * np.log(row / q)).sum())
+
+    prior = COUNTS.pixels.clamp(min=1).double().log()
+    batch, pixel = (prior_divergence(z, own, labels, prior, form).item() for form in ("batch", "pixel"))
+    assert batch == pytest.approx(divergence(rows.mean(0)), rel=1e-10)
+    assert pixel == pytest.approx(np.mean([divergence(row) for row in rows]), rel=1e-10)
+
+
+@pytest.mark.parametrize("form", ["batch", "pixel"])
+def test_prior_divergence_is_0_for_the_prior_itself(form):
+    labels = label_sets(GROUP)[1]
+    prior = COUNTS.pixels.clamp(min=1).double().log()
+    z = prior.view(1, -1, 1, 1).expand(1, -1, 2, 2) + 3 * ~labels.view(1, -1, 1, 1)  # mass elsewhere does not matter
+    assert prior_divergence(z, torch.zeros(1, 2, 2).long(), labels, prior, form).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"l2": "class", "kl": "pixel", "l2_pixels": "own"}])
+def test_gradcheck_and_pixels_without_labels(options):
+    z, y = logits()
+    criterion = ExpertCriterion(label_sets(GROUP), COUNTS, alpha=0.5, **options).double()
+    inputs = tuple(v.requires_grad_() for v in z)
+
+    def loss(*experts, target=y):
+        return criterion(ExpertOutput(experts[0], experts[0], experts), target)
+
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+    for gradient in torch.autograd.grad(loss(*inputs), inputs):
+        assert not gradient.movedim(1, 3)[y == IGNORE_INDEX].any()
+    nothing = loss(*inputs, target=torch.full_like(y, IGNORE_INDEX))
+    assert nothing == 0
+    assert all(g.isfinite().all() and not g.any() for g in torch.autograd.grad(nothing, inputs))
+    only_head = loss(*inputs, target=torch.ones_like(y))  # experts 2 and 3 have no pixel of their own
+    assert all(g.isfinite().all() for g in torch.autograd.grad(only_head, inputs))
+    extreme = [(1e4 * v.detach().sign()).float().requires_grad_() for v in z]
+    large = criterion.float()(ExpertOutput(extreme[0], extreme[0], tuple(extreme)), y)
+    assert large.isfinite()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(large, extreme))
+
+
+def test_permuting_the_classes_changes_nothing():
+    z, y = logits()
+    order = torch.randperm(C, generator=torch.Generator().manual_seed(3))
+    moved = torch.where(y == IGNORE_INDEX, y, order.argsort()[y.clamp(max=C - 1)])
+    losses = []
+    for counts, experts, target in [
+        (COUNTS, z, y),
+        (ClassCounts(COUNTS.pixels[order], COUNTS.images[order]), [v[:, order] for v in z], moved),
+    ]:
+        criterion = ExpertCriterion(label_sets(class_groups(counts)), counts, alpha=0.2)
+        losses.append(criterion(ExpertOutput(z[0], z[0], tuple(experts)), target))
+    assert torch.allclose(*losses, rtol=1e-7)
+
+
+# --- who learns from what ---
+
+
+def gradients(stage):
+    image, target = images()
+    start(stage)
+    stage.criterion(stage.network(image), target).backward()
+    return {name: p.grad for name, p in stage.network.named_parameters()}
+
+
+@pytest.mark.parametrize("share", ["encoder", "decoder"])
+def test_the_shared_part_has_the_gradient_of_expert_1_alone(share):
+    stage = build(network(), COUNTS, share=share)[0]
+    alone = copy.deepcopy(stage)
+    image, target = images()
+    start(alone)
+    output = alone.network(image)
+    criterion = alone.criterion
+    criterion.expert_loss(output.experts[0], target, criterion.labels[0], narrow=False).backward()
+    expected = {name: p.grad for name, p in alone.network.named_parameters() if name.startswith("base.")}
+    found = gradients(stage)
+    everyone = gradients(build(network(), COUNTS, share=share, shared_gradient="all")[0])
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert all(g is not None and g.any() for name, g in found.items() if name.startswith("others"))
+    shared = ["base.encoder.conv.weight"] + (["base.decoder.conv.weight"] if share == "decoder" else [])
+    for name, gradient in expected.items():
+        assert torch.allclose(everyone[name], gradient) is (name not in shared and "encoder" not in name) or (
+            share == "decoder" and "decoder" in name
+        ), name
+    for name in shared:
+        assert not torch.allclose(everyone[name], expected[name])
+
+
+def test_what_experts_own():
+    for share, own in [("encoder", {"decoder", "classifier"}), ("decoder", {"classifier"}),
+                       ("nothing", {"encoder", "decoder", "classifier"})]:  # fmt: skip
+        experts = Experts(network(), 3, share=share)
+        names = {name.split(".")[2] for name, _ in experts.named_parameters() if name.startswith("others.1")}
+        assert names == own
+        base = dict(experts.base.named_parameters())
+        assert all(torch.equal(p, base[name]) for name, p in network().named_parameters())  # expert 1 is as it was
+        assert not torch.equal(experts.others[0].classifier.weight, experts.others[1].classifier.weight)
+        assert not torch.equal(experts.others[0].classifier.weight, base["classifier.weight"])
+        output = experts.eval()(images()[0])
+        assert len(output.experts) == 3
+        assert torch.equal(output.logits, network().eval()(images()[0]).logits)
+        if share != "nothing":  # each expert is a network with its own parts in place of expert 1's
+            single = network().eval()
+            second = experts.others[0]
+            single.classifier = second.classifier
+            if share == "encoder":
+                single.decoder = second.decoder
+            assert torch.equal(output.experts[1], single(images()[0]).logits)
+
+
+def test_one_expert_trains_the_network_of_plain_cross_entropy():
+    plain = train(build_method("ce", network(), COUNTS, {})[0]).network
+    stage = train(build(network(), COUNTS, shares=(), alpha=0.0, ensemble="head")[0])
+    single = stage.network.experts.base
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), single.state_dict().values(), strict=True))
+    image = images()[0]
+    assert torch.equal(stage.network.eval()(image).logits.argmax(1), plain.eval()(image).logits.argmax(1))
+
+
+def test_expert_1_is_not_disturbed_by_the_others():
+    """Its set holds all classes and the others do not reach the encoder: it is the plain network."""
+    plain = train(build_method("ce", network(), COUNTS, {})[0]).network
+    base = train(build(network(), COUNTS, alpha=0.0)[0]).network.base
+    assert torch.equal(plain.classifier.weight, base.classifier.weight)
+    assert torch.equal(plain.encoder.conv.weight, base.encoder.conv.weight)
+
+
+@pytest.mark.parametrize("share", ["encoder", "decoder", "nothing"])
+@pytest.mark.parametrize("ensemble", [*LEARNED, *RULES])
+def test_stages_train_what_they_should(ensemble, share):
+    stages = build(network(), COUNTS, ensemble=ensemble, share=share, ensemble_share=0.25)
+    assert sum(stage.share for stage in stages) == 1
+    train(stages[0])
+    last = stages[-1].network
+    if ensemble in LEARNED:
+        before = copy.deepcopy(last.state_dict())
+        assert {name for name, _ in last.named_parameters() if "ensemble" in name} == {
+            "ensemble.weight", "ensemble.bias"
+        }  # fmt: skip
+        train(stages[1])
+        for name, value in last.state_dict().items():
+            assert torch.equal(value, before[name]) is name.startswith("experts."), name
+    else:
+        assert len(stages) == 1
+    image, target = images()
+    output = last.eval()(image)
+    assert output.logits.shape == (2, C, 14, 18)
+    again = build(network(1), COUNTS, ensemble=ensemble, share=share)[-1].network.eval()
+    again.load_state_dict(last.state_dict())
+    assert torch.equal(again(image).logits, output.logits)
+    assert torch.equal(again(image).experts[2], output.experts[2])
+
+
+def test_number_of_ensemble_parameters():
+    for classes, expected in [(19, 114), (150, 900)]:  # 2 K c; the paper's Cityscapes and ADE20K
+        assert sum(p.numel() for p in LearnedEnsemble(3, classes, "moe_mean").parameters()) == expected
+
+
+# --- ensembles ---
+
+
+def test_learned_ensembles_at_their_initial_values():
+    z, _ = logits()
+    p = torch.stack([v.softmax(1) for v in z])
+    hat = p.softmax(2)
+    start = {name: LearnedEnsemble(3, C, name)(z).log_softmax(1).exp() for name in LEARNED}
+    torch.testing.assert_close(start["moe_mean"], hat.mean(0))
+    torch.testing.assert_close(start["moe_weighted"], hat.mean(0))
+    torch.testing.assert_close(start["moe_logits"], torch.stack(z).mean(0).softmax(1))
+    gate = (p.softmax(0) * p).sum(0)
+    torch.testing.assert_close(start["moe_gate"], gate / gate.sum(1, keepdim=True))
+    assert (hat.amax(2) / hat.amin(2)).max() < math.e
+    assert torch.equal(hat.argmax(2), p.argmax(2))
+
+
+@pytest.mark.parametrize("reading", LEARNED)
+def test_learned_ensembles_with_any_weights(reading):
+    z, y = logits()
+    g = torch.Generator().manual_seed(5)
+    module = LearnedEnsemble(3, C, reading).double()
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+    w, b = module.weight.detach(), module.bias.detach()
+    found = module(z).softmax(1)
+    for i, u, v in np.ndindex(*y.shape):
+        p = [e[i, :, u, v].softmax(0) for e in z]
+        if reading == "moe_logits":
+            final = (sum(w[k] * z[k][i, :, u, v] for k in range(3)) + b).exp()
+        elif reading == "moe_gate":
+            gate = torch.stack([w[k] * p[k] + b[k] for k in range(3)]).softmax(0)
+            final = sum(gate[k] * p[k] for k in range(3))
+        else:
+            hat = [(w[k] * p[k] + b[k]).softmax(0) for k in range(3)]
+            size = w.abs() if reading == "moe_weighted" else torch.ones_like(w)
+            final = sum(size[k] / size.sum(0) * hat[k] for k in range(3))
+        torch.testing.assert_close(found[i, :, u, v], final / final.sum())
+    loss = lambda *_: cross_entropy(module(z), y)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, tuple(module.parameters()))
+    if reading == "moe_mean":  # already a distribution
+        assert torch.allclose(module(z).exp().sum(1), torch.ones(2, 3, 4).double())
+
+
+@pytest.mark.parametrize("reading", LEARNED)
+def test_learned_ensembles_stay_finite(reading):
+    z = [1e4 * torch.sign(v).float() for v in logits()[0]]
+    module = LearnedEnsemble(3, C, reading)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    loss = cross_entropy(module(z), logits()[1])
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), threshold=st.floats(0, 1))
+def test_simple_rules_equal_loops(seed, threshold):
+    z, y = logits(seed)
+    labels = label_sets(GROUP, "overlap")
+    found = {rule: SimpleEnsemble(labels, rule, threshold)(z) for rule in RULES}
+    for i, u, v in np.ndindex(*y.shape):
+        p = [e[i, :, u, v].softmax(0).tolist() for e in z]
+        sure = [k for k in range(3) if max(p[k]) >= threshold]
+        most = max(range(3), key=lambda k: max(p[k]))
+        expected = {
+            "average": [sum(q[k] for q in p) / 3 for k in range(C)],
+            "group_average": [np.mean([p[e][k] for e in range(3) if labels[e, k]]) for k in range(C)],
+            "threshold": p[sure[-1] if sure else 0],
+            "head": p[0],
+        }
+        for rule, value in expected.items():
+            assert found[rule][i, :, u, v].exp().tolist() == pytest.approx(value, rel=1e-9), rule
+        assert found["argmax"][i, :, u, v].argmax() == np.argmax(p[most])
+
+
+def test_equal_experts_are_their_own_ensemble():
+    (z, *_), _ = logits()
+    for rule in RULES:
+        combined = SimpleEnsemble(label_sets(GROUP), rule)([z, z, z])
+        assert torch.allclose(combined.exp(), z.softmax(1)), rule
+
+
+def test_nothing_is_combined_while_a_rule_without_parameters_trains():
+    stage = build(network(), COUNTS, ensemble="average")[0]
+    output = stage.network.train()(images()[0])
+    assert output.logits is output.experts[0]
+    assert not torch.equal(stage.network.eval()(images()[0]).logits, stage.network.experts(images()[0]).logits)
+
+
+# --- the oracle ---
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), sets=st.sampled_from([None, "overlap", "disjoint"]))
+def test_oracle_equals_a_loop(seed, sets):
+    z, y = logits(seed)
+    allowed = None if sets is None else label_sets(GROUP, sets)
+    found = oracle_prediction(z, y, GROUP, allowed)
+    restricted = restricted_prediction(z[0], y, label_sets(GROUP, sets or "all"), GROUP)
+    for b, u, v in np.ndindex(*y.shape):
+        if y[b, u, v] == IGNORE_INDEX:
+            continue
+        n = int(GROUP[y[b, u, v]])
+        classes = [k for k in range(C) if allowed is None or allowed[n, k]]
+        assert found[b, u, v] == max(classes, key=lambda k: z[n][b, k, u, v])
+        assert restricted[b, u, v] == max(classes, key=lambda k: z[0][b, k, u, v])
+
+
+def test_oracle_of_equal_experts_is_the_network_and_restriction_only_helps():
+    z, y = logits(k=1)
+    assert torch.equal(oracle_prediction(z * 3, y, GROUP), z[0].argmax(1))
+    right = z[0].argmax(1) == y
+    restricted = restricted_prediction(z[0], y, label_sets(GROUP, "disjoint"), GROUP)
+    assert (restricted == y)[right].all()
+    assert (restricted == y).sum() > right.sum()
+    one_class_each = torch.arange(C)  # a class alone in its group: the label itself is given away
+    leaked = restricted_prediction(z[0], y, label_sets(one_class_each, "disjoint"), one_class_each)
+    assert torch.equal(leaked[y != IGNORE_INDEX], y[y != IGNORE_INDEX])
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shares": (0.9, 0.001)}, r"expert 1 would have no classes: shares=\(0.9, 0.001\) put \[0, 4, 1\]"),
+        ({"shares": (1e-5, 1e-6)}, r"expert 2 would have no classes: .* put \[5, 0, 0\] classes"),
+        ({"cuts": (2, 5)}, r"expert 3 would have no classes: cuts=\(2, 5\) put \[2, 3, 0\]"),
+        ({"shares": (0.001, 0.01)}, "shares must fall strictly"),
+        ({"shares": (1.0,)}, "shares must fall strictly"),
+        ({"shares": (math.nan,)}, "shares must fall strictly"),
+        ({"cuts": (4, 2)}, r"cuts must rise strictly between 0 and 6 classes, got \(4, 2\)"),
+        ({"cuts": (0,)}, "cuts must rise strictly"),
+        ({"cuts": (6,)}, "cuts must rise strictly"),
+        ({"cuts": (1.5,)}, "cuts must rise strictly"),
+        ({"sets": "overlapp"}, "did you mean 'overlap'"),
+        ({"share": "encoders"}, "did you mean 'encoder'"),
+        ({"shared_gradient": "none"}, "unknown shared_gradient"),
+        ({"ensemble": "moe"}, "unknown ensemble 'moe'"),
+        ({"l2": "sum"}, "unknown l2"),
+        ({"l2_pixels": "all"}, "unknown l2_pixels"),
+        ({"kl": "mean"}, "unknown kl"),
+        ({"alpha": -1.0}, "alpha must be >= 0, got -1.0"),
+        ({"alpha": math.inf}, "alpha must be >= 0, got inf"),
+        ({"ensemble_share": 1.0}, r"ensemble_share must be in \(0, 1\), got 1.0"),
+        ({"initial_weight": math.nan}, "initial_weight must be finite"),
+        ({"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
+        ({"share": "nothing", "shared_gradient": "all"}, "whole networks share no part"),
+        ({"l2": "none", "kl": "none"}, "leave nothing for alpha=0.2 to weigh"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(UserError, match=message):
+        build(network(), COUNTS, **options)
+
+
+def test_a_network_of_the_library():
+    from ltseg_core.models import build_model
+
+    base = build_model("DeepLabV3Plus", "tu-mobilenetv3_small_050", C)
+    stages = build(base, COUNTS)
+    train(stages[0], steps=1)
+    train(stages[1], steps=1)
+    with torch.no_grad():
+        assert stages[1].network.eval()(torch.rand(1, 3, 40, 50)).logits.shape == (1, C, 40, 50)
+    assert F.softmax(stages[1].network(torch.rand(1, 3, 40, 50)).logits, 1).isfinite().all()

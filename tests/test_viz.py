@@ -1,0 +1,414 @@
+"""What the figures show: positions, heights, orders, labels, interval ends, colours; and what they are saved as."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_hex, to_rgb
+
+from ltseg_core import viz
+from ltseg_core.config import UserError
+from ltseg_core.methods import METHODS
+from ltseg_core.stats import ClassCounts, groups
+
+mpl.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    import matplotlib.pyplot as plt
+
+    yield
+    plt.close("all")
+
+
+def score_table(
+    classes: int = 4, methods: tuple[str, ...] = ("ce", "blv"), *, column: str = "value", seed: int = 0
+) -> pd.DataFrame:
+    """Tidy per-class scores with intervals; frequency falls with class_id reversed, so the order must change."""
+    rng = np.random.default_rng(seed)
+    pixels = np.geomspace(10, 10**6, classes).astype(int)
+    group = groups(ClassCounts(torch.from_numpy(pixels), torch.ones(classes, dtype=torch.int64)))
+    rows = [
+        (m, k, f"class {k}", group[k], pixels[k], metric, value := rng.uniform(-0.2, 0.8), value - 0.03, value + 0.05)
+        for m in methods
+        for metric in ("iou", "acc")
+        for k in range(classes)
+    ]
+    names = ["method", "class_id", "class", "group", "train_pixels", "metric", column, "low", "high"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def segments(ax: mpl.axes.Axes) -> list[np.ndarray]:
+    drawn = [s for c in ax.collections if isinstance(c, LineCollection) for s in c.get_segments()]
+    return [np.asarray(s) for s in drawn if len(s)]  # an interval with NaN limits has no points
+
+
+def ticks(ax: mpl.axes.Axes) -> list[str]:
+    return [t.get_text() for t in ax.get_xticklabels()]
+
+
+def luminance(colour: str) -> float:
+    return float(np.dot(to_rgb(colour), (0.299, 0.587, 0.114)))
+
+
+# ------------------------------------------------------------------------------------------ colours and saving
+
+
+def test_every_method_looks_different_and_always_the_same() -> None:
+    names = list(dict.fromkeys([*METHODS, *viz.METHOD_LABELS]))
+    looks = [viz.method_style(name) for name in names]
+    assert len({look.colour for look in looks}) == len(looks)
+    assert len({(look.marker, look.line) for look in looks}) == len(looks)  # told apart without colour
+    assert len({(look.hatch, look.line) for look in looks}) == len(looks)
+    assert viz.method_colour("ce") == "#333333"
+    assert viz.method_colour("balanced_softmax") == "#e69f00"
+    assert viz.method_colour("blv") == "#0072b2"
+
+
+def test_an_unknown_method_has_a_stable_look_and_importing_viz_is_light() -> None:
+    here = viz.method_style("blv sigma=6")
+    assert here.label == "blv sigma=6"
+    heavy = ("matplotlib", "seaborn", "torchvision", "timm", "segmentation_models_pytorch")
+    code = f"""import sys
+from ltseg_core import viz
+print(viz.method_colour('blv sigma=6'), [m for m in {heavy} if m in sys.modules])"""
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    seen = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
+    assert seen.strip() == f"{here.colour} []"
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [  # Machado et al. 2009, severity 1: protanopia, deuteranopia; and grey for the three methods of notebook 02
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    ],
+)
+def test_the_main_methods_differ_for_colour_blind_readers(matrix: list[list[float]]) -> None:
+    colours = np.array([to_rgb(viz.method_colour(name)) for name in list(viz.METHOD_LABELS)[:7]])
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(matrix).T, 0, 1) ** (1 / 2.4)
+    distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+    assert distance[~np.eye(7, dtype=bool)].min() > 0.1
+
+
+def test_groups_and_the_first_methods_keep_their_order_in_grey() -> None:
+    head, body, tail = (luminance(viz.GROUP_COLOURS[g]) for g in ("head", "body", "tail"))
+    assert head + 0.15 < body < tail - 0.15
+    ce, blv, balanced = (luminance(viz.method_colour(m)) for m in ("ce", "blv", "balanced_softmax"))
+    assert ce + 0.08 < blv < balanced - 0.08
+
+
+def test_save_figure_writes_three_formats_with_equal_bytes_each_time(tmp_path: Path) -> None:
+    figure = viz.plot_per_class(score_table())[0].figure
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    assert viz.save_figure(figure, "a", first) == first / "a.png"
+    viz.save_figure(figure, "a", again)
+    viz.save_figure(viz.plot_per_class(score_table())[0].figure, "a", other)
+    assert sorted(p.name for p in first.iterdir()) == ["a.pdf", "a.png", "a.svg"]
+    for path in first.iterdir():
+        data = path.read_bytes()
+        assert data == (again / path.name).read_bytes(), f"{path.name} changes from call to call"
+        assert data == (other / path.name).read_bytes(), f"{path.name} changes from figure to figure"
+        assert b"CreationDate" not in data
+        assert b"<dc:date>" not in data
+    from PIL import Image
+
+    assert Image.open(first / "a.png").width == viz.WIDTH * viz.DPI
+
+
+def test_save_figure_goes_to_the_folder_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure, _ = viz.subplots()
+    monkeypatch.setenv("LTSEG_FIGURES", str(tmp_path / "chosen"))
+    assert viz.save_figure(figure, "x") == tmp_path / "chosen" / "x.png"
+    monkeypatch.delenv("LTSEG_FIGURES")
+    monkeypatch.chdir(tmp_path)
+    assert viz.save_figure(figure, "x") == Path("figures/x.png")
+
+
+def test_save_figure_refuses_bad_names_and_folders(tmp_path: Path) -> None:
+    figure, _ = viz.subplots()
+    for name in ("", "../x", "a/b", ".hidden"):
+        with pytest.raises(ValueError, match="figure's name must be"):
+            viz.save_figure(figure, name, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write x\.\w+ to .*file.*LTSEG_FIGURES"):
+        viz.save_figure(figure, "x", tmp_path / "file")
+
+
+def test_an_interrupted_save_keeps_the_old_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure, _ = viz.subplots()
+    old = viz.save_figure(figure, "x", tmp_path).read_bytes()
+
+    def die(path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figure, "savefig", die)
+    with pytest.raises(KeyboardInterrupt):
+        viz.save_figure(figure, "x", tmp_path)
+    assert (tmp_path / "x.png").read_bytes() == old
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_style_ends_with_the_figure() -> None:
+    before = mpl.rcParams["font.size"], mpl.rcParams["svg.hashsalt"]
+    viz.plot_means(score_table().groupby(["method", "metric"], as_index=False).first())
+    assert (mpl.rcParams["font.size"], mpl.rcParams["svg.hashsalt"]) == before
+    mpl.interactive(False)
+    with viz.style():
+        mpl.interactive(True)  # what the inline backend does on the first figure
+    assert mpl.is_interactive()
+    mpl.interactive(False)
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+PALETTE = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0]], dtype=np.uint8)
+CLASSES = ("sky", "road", "car")
+LABEL = np.array([[0, 0, 1], [0, 255, 1]], dtype=np.uint8)
+
+
+def legend_of(figure: mpl.figure.Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_colourise_takes_the_palette_and_leaves_unlabelled_white() -> None:
+    assert viz.colourise(LABEL, PALETTE)[0, 2].tolist() == [200, 0, 0]
+    assert viz.colourise(LABEL, PALETTE)[1, 1].tolist() == [255, 255, 255]
+
+
+def test_samples_show_image_labels_instances_and_a_legend_of_what_occurs() -> None:
+    image = np.full((2, 3, 3), 7, dtype=np.uint8)
+    axes = viz.plot_samples([image] * 2, [LABEL] * 2, PALETTE, CLASSES, instances=[LABEL * 0] * 2, titles=["a", "b"])
+    assert axes.shape == (3, 2)
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["image", "label map", "instances"]
+    assert [ax.get_title() for ax in axes[0]] == ["", ""] or [ax.get_title("left") for ax in axes[0]] == ["a", "b"]
+    np.testing.assert_array_equal(axes[0, 1].images[0].get_array(), image)
+    np.testing.assert_array_equal(axes[1, 0].images[0].get_array(), viz.colourise(LABEL, PALETTE))
+    assert (axes[2, 0].images[0].get_array() == 235).all()
+    assert legend_of(axes[0, 0].figure) == ["sky", "road", "not labelled"]
+
+
+def test_samples_without_photographs() -> None:
+    axes = viz.plot_samples(None, [LABEL], PALETTE, CLASSES)
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["label map"]
+
+
+def test_the_legend_lists_all_classes_when_no_labels_are_given() -> None:
+    figure, _ = viz.subplots()
+    viz.plot_label_legend(figure, PALETTE, CLASSES)
+    assert legend_of(figure) == list(CLASSES)
+    patches = figure.legends[0].get_patches()
+    assert [to_hex(p.get_facecolor()) for p in patches] == ["#0a141e", "#c80000", "#00c800"]
+
+
+def test_predictions_have_a_column_per_method_in_order() -> None:
+    image = np.zeros((2, 3, 3), dtype=np.uint8)
+    wrong = np.full_like(LABEL, 2)
+    axes = viz.plot_predictions([image], [LABEL], {"ce": [wrong], "blv": [LABEL]}, PALETTE, CLASSES)
+    assert axes.shape == (1, 4)
+    assert [ax.get_title("left") for ax in axes[0]] == ["image", "ground truth", "cross-entropy", "BLV"]
+    assert (axes[0, 2].images[0].get_array() == PALETTE[2]).all()
+    assert legend_of(axes[0, 0].figure) == ["sky", "road", "car", "not labelled"]
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def counts_of(pixels: list[int], images: list[int]) -> ClassCounts:
+    return ClassCounts(torch.tensor(pixels), torch.tensor(images))
+
+
+def dots(ax: mpl.axes.Axes) -> dict[str, np.ndarray]:
+    found = [c for c in ax.collections if isinstance(c, PathCollection)]
+    return {str(c.get_label()): np.asarray(c.get_offsets()) for c in found}
+
+
+def test_class_shares_are_sorted_coloured_by_group_and_leave_out_absent_classes() -> None:
+    counts = counts_of([4, 0, 990, 6], [1, 0, 2, 1])
+    ax = viz.plot_class_shares(counts, ["few", "none", "most", "some"])
+    shown = dots(ax)
+    np.testing.assert_allclose(shown["pixels, head"], [[0, 0.99]])
+    np.testing.assert_allclose(shown["pixels, body"], [[1, 0.006], [2, 0.004]])
+    assert "pixels, tail" not in shown
+    np.testing.assert_allclose(shown["regions (class in an image)"], [[0, 0.5], [1, 0.25], [2, 0.25]])
+    assert ticks(ax) == ["most", "some", "few"]
+    assert "1 of 4 never occur" in ax.get_xlabel()
+    assert ax.get_yscale() == "log"
+    head = next(c for c in ax.collections if c.get_label() == "pixels, head")
+    assert to_hex(head.get_facecolor()[0]) == viz.GROUP_COLOURS["head"]
+
+
+@pytest.mark.parametrize("number", [11, 12, 59, 150, 171])
+def test_class_names_never_overlap(number: int) -> None:
+    pixels = np.geomspace(10**6, 10, number).astype(int).tolist()
+    names = [f"a class with a long name {k}; synonym" for k in range(number)]
+    ax = viz.plot_class_shares(counts_of(pixels, [1] * number), names)
+    ax.figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in ax.get_xticklabels()]
+    assert all(a.x1 <= b.x0 + 1 for a, b in pairwise(boxes))
+    assert len(boxes) >= min(number, 40)
+    assert all(len(name) <= 16 for name in ticks(ax))
+
+
+def test_imbalance_shows_both_factors_sorted_and_their_ratio() -> None:
+    table = pd.DataFrame({"dataset": ["small", "large"], "pixel": [100.0, 4000.0], "region": [50.0, 20.0]})
+    ax = viz.plot_imbalance(table)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["small", "large"]  # the largest on top
+    shown = dots(ax)
+    np.testing.assert_allclose(shown["pixels: largest / smallest class"], [[100, 0], [4000, 1]])
+    np.testing.assert_allclose(shown["images with the class: most / fewest"], [[50, 0], [20, 1]])
+    assert [t.get_text() for t in ax.texts] == ["2 ×", "200 ×"]
+
+
+def test_image_imbalance_is_the_share_of_images_with_at_least_that_ratio() -> None:
+    ax = viz.plot_image_imbalance(pd.DataFrame({"dataset": "d", "ratio": [4.0, 1.0, 2.0, 3.0]}))
+    steps = ax.lines[0]
+    np.testing.assert_allclose(steps.get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_allclose(steps.get_ydata(), [1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(ax.lines[1].get_xdata(), 2.5)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["d: median 2.5"]
+
+
+def test_mask_sizes_draw_median_quartiles_and_range() -> None:
+    sizes = pd.DataFrame({"image": "i", "class_id": [1] * 101 + [0], "pixels": [*range(100, 201), 7]})
+    ax = viz.plot_mask_sizes(sizes, ["rare", "common"], group=["tail", "head"])
+    assert ticks(ax) == ["common", "rare"]
+    np.testing.assert_allclose(dots(ax)["head"], [[0, 150]])
+    np.testing.assert_allclose(dots(ax)["tail"], [[1, 7]])
+    ends = {tuple(s[:, 1].round(6)) for s in segments(ax) if s[0, 0] == 0}
+    assert ends == {(105.0, 195.0), (125.0, 175.0)}
+
+
+# ------------------------------------------------------------------------------------------------ comparisons
+
+
+def test_history_draws_the_mean_over_seeds_and_their_range() -> None:
+    rows = [("ce", seed, step, float(seed)) for seed in (0, 1, 5) for step in range(10)]
+    rows += [("blv", 0, step, 3.0) for step in range(10)]
+    ax = viz.plot_history(pd.DataFrame(rows, columns=["method", "seed", "step", "value"]))
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), 2.0)
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), 3.0)
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (0.0, 5.0)
+    assert len(ax.collections) == 1  # one seed has no band
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["cross-entropy, 3 seeds", "BLV, 1 seed"]
+    assert [to_hex(line.get_color()) for line in ax.lines] == [viz.method_colour("ce"), viz.method_colour("blv")]
+
+
+def test_history_smooths_each_seed_by_a_centred_mean() -> None:
+    table = pd.DataFrame({"method": "ce", "seed": 0, "step": range(5), "value": [0.0, 0, 3, 0, 0]})
+    ax = viz.plot_history(table, smooth=3)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0, 1, 1, 1, 0])
+
+
+def test_per_class_dots_and_intervals_stand_at_their_class_by_frequency() -> None:
+    table = score_table(4)
+    axes = viz.plot_per_class(table)
+    assert [ax.get_ylabel() for ax in axes] == ["IoU (%)", "Acc (%)"]
+    assert ticks(axes[-1]) == ["class 3", "class 2", "class 1", "class 0"]
+    for ax, metric in zip(axes, ("iou", "acc"), strict=True):
+        for line, method in zip(ax.lines[:2], ("ce", "blv"), strict=True):
+            rows = table[(table["method"] == method) & (table["metric"] == metric)].sort_values("class_id")
+            np.testing.assert_allclose(line.get_ydata(), rows["value"].to_numpy()[::-1])
+            assert np.abs(line.get_xdata() - np.arange(4)).max() < 0.5
+            assert to_hex(line.get_color()) == viz.method_colour(method)
+            drawn = {tuple(s[:, 1].round(9)) for s in segments(ax)}
+            assert {tuple(r) for r in rows[["low", "high"]].round(9).to_numpy()} <= drawn
+    assert not set(axes[0].lines[0].get_xdata()) & set(axes[0].lines[1].get_xdata())  # side by side
+    assert axes[0].yaxis.get_major_formatter()(0.25, 0) == "25"
+
+
+def test_a_missing_score_has_no_dot() -> None:
+    table = score_table(3, ("ce",))
+    table.loc[(table["class_id"] == 1) & (table["metric"] == "iou"), ["value", "low", "high"]] = np.nan
+    ax = viz.plot_per_class(table)[0]
+    assert np.isnan(ax.lines[0].get_ydata()).tolist() == [False, True, False]
+
+
+def test_group_names_stand_over_their_classes() -> None:
+    table = score_table(6, ("ce",))
+    ax = viz.plot_per_class(table)[0]
+    group = table.drop_duplicates("class_id").sort_values("train_pixels", ascending=False)["group"].to_numpy()
+    expected = {name: float(np.flatnonzero(group == name).mean()) for name in set(group)}
+    assert {t.get_text(): t.get_position()[0] for t in ax.texts} == expected
+
+
+def test_deltas_are_bars_by_frequency_pale_where_the_interval_holds_zero() -> None:
+    table = score_table(5, ("blv", "balanced_softmax"), column="difference")
+    sure = (table["low"] > 0) | (table["high"] < 0)
+    table.loc[table["class_id"] == 2, ["difference", "low", "high"]] = [0.01, -0.02, 0.04]
+    sure[table["class_id"] == 2] = False
+    axes = viz.plot_deltas(table)
+    assert axes.shape == (2, 2)
+    assert [ax.get_title("left") for ax in axes.flat] == [
+        "BLV: ΔIoU", "BLV: ΔAcc", "balanced softmax: ΔIoU", "balanced softmax: ΔAcc",
+    ]  # fmt: skip
+    for i, method in enumerate(("blv", "balanced_softmax")):
+        for j, metric in enumerate(("iou", "acc")):
+            ax, rows = axes[i, j], (table["method"] == method) & (table["metric"] == metric)
+            bars = list(ax.patches)
+            np.testing.assert_allclose([b.get_height() for b in bars], table[rows]["difference"].to_numpy()[::-1])
+            np.testing.assert_allclose([b.get_x() + b.get_width() / 2 for b in bars], range(5), atol=1e-9)
+            full = [to_hex(b.get_facecolor()) == viz.method_colour(method) for b in bars]
+            assert full == sure[rows].tolist()[::-1]
+            ends = [s[:, 1].tolist() for s in segments(ax)]
+            np.testing.assert_allclose(ends, table[rows][["low", "high"]].to_numpy()[::-1])
+    assert ticks(axes[1, 0]) == [f"class {k}" for k in (4, 3, 2, 1, 0)]
+    assert axes[0, 0].yaxis.get_major_formatter()(-0.05, 0) == "-5"
+    assert axes[0, 0].yaxis.get_major_formatter()(0.05, 0) == "+5"
+
+
+def test_a_difference_without_an_interval_is_pale() -> None:
+    table = score_table(3, ("blv",), column="difference").assign(low=np.nan, high=np.nan)
+    ax = viz.plot_deltas(table)[0, 0]
+    assert all(to_hex(b.get_facecolor()) != viz.method_colour("blv") for b in ax.patches)
+
+
+def test_means_stand_at_their_metric_with_their_intervals() -> None:
+    rows = [("ce", "miou", 0.4, 0.35, 0.45), ("ce", "head", 0.8, 0.7, 0.9), ("blv", "miou", 0.5, 0.4, 0.6)]
+    ax = viz.plot_means(pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high"]))
+    assert ticks(ax) == ["mIoU", "head"]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.4, 0.8])
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), [0.5, np.nan])
+    assert {(0.35, 0.45), (0.7, 0.9), (0.4, 0.6)} <= {tuple(s[:, 1].round(9)) for s in segments(ax)}
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["cross-entropy", "BLV"]
+
+
+def test_figures_are_drawn_on_the_axes_given() -> None:
+    _, axes = viz.subplots(2, 2)
+    table = score_table(3, ("ce", "blv"), column="difference")
+    assert viz.plot_deltas(table, axes)[1, 1] is axes[1, 1]
+    assert viz.plot_per_class(score_table(3), axes[:, :1])[0] is axes[0, 0]
+    with pytest.raises(ValueError, match=r"expected 2 x 1 axes, got 4"):
+        viz.plot_per_class(score_table(3), axes)
+
+
+@pytest.mark.parametrize(
+    "plot",
+    ["plot_imbalance", "plot_image_imbalance", "plot_history", "plot_per_class", "plot_deltas", "plot_means"],
+)
+def test_a_table_without_a_column_is_refused_by_name(plot: str) -> None:
+    with pytest.raises(ValueError, match="the table lacks the column"):
+        getattr(viz, plot)(pd.DataFrame({"unrelated": [1]}))
+
+
+def test_names_of_another_number_of_classes_are_refused() -> None:
+    counts = counts_of([3, 1], [1, 1])
+    with pytest.raises(ValueError, match="classes must have 2 entries, one per class, got 1"):
+        viz.plot_class_shares(counts, ["only"])
+    with pytest.raises(ValueError, match="group must have 2 entries"):
+        viz.plot_class_shares(counts, ["a", "b"], group=["head"])
