@@ -19,16 +19,15 @@ offset to the logits (`adjust`) or weigh the pixels (`reduce`) around the same c
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltseg_core.config import IGNORE_INDEX, UserError, _typed, choose
+from ltseg_core.config import IGNORE_INDEX, UserError, check_options, choose
 from ltseg_core.stats import ClassCounts
 
 Prior = Literal["pixel", "region"]
@@ -47,12 +46,7 @@ def build_loss(name: str, counts: ClassCounts, **hyper: Any) -> PixelLoss:
     value out of range. Bad counts are refused by ClassCounts itself.
     """
     name = choose("loss", name, LOSSES)
-    hints = get_type_hints(LOSSES[name].__init__)
-    valid = list(inspect.signature(LOSSES[name]).parameters)[1:]  # all but `counts`
-    if hyper and not valid:
-        raise UserError(f"loss {name!r} has no hyper-parameters, got {', '.join(hyper)}")
-    hyper = {choose(f"hyper-parameter of loss {name!r},", key, valid): value for key, value in hyper.items()}
-    return LOSSES[name](counts, **{key: _typed(key, value, hints[key]) for key, value in hyper.items()})
+    return LOSSES[name](counts, **check_options(f"hyper-parameter of loss {name!r}", hyper, LOSSES[name]))
 
 
 def check_target(target: Tensor, num_classes: int) -> None:

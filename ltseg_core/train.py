@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ from ltseg_core.data.batches import (
     loader,
     recolour,
 )
-from ltseg_core.methods import METHODS, Stage, build_method
+from ltseg_core.methods import METHODS, build_method
+from ltseg_core.methods.base import Stage
 from ltseg_core.models import build_model
 from ltseg_core.results import Run
 
@@ -82,7 +83,13 @@ def fit(
         )
 
     first = METHODS[method].first
-    place: dict[str, Any] = {"data_root": data_root, "runs": runs, "tracker": tracker, "workers": workers, "progress": progress}
+    place: dict[str, Any] = {
+        "data_root": data_root,
+        "runs": runs,
+        "tracker": tracker,
+        "workers": workers,
+        "progress": progress,
+    }
     start_from = fit(replace(experiment, method=first, hyper={}), **place) if first else None
 
     def train() -> None:
@@ -107,21 +114,34 @@ def fit(
 def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **place: Any) -> list[Run]:
     """`fit` every experiment and return the runs in order.
 
-    jobs: processes that train side by side (default: one on a GPU, else one per CPU thread of this process); on a
-    CPU small networks train faster next to each other than on several threads each. place: see `fit`
+    jobs: processes that train side by side (default: one on a GPU, else one per core: small networks train faster
+    next to each other than on several threads each). Notebooks that run at the same time share the cores: no more
+    trainings run at once than there are. place: keyword arguments of `fit`
     """
     missing = [e for e in dict.fromkeys(experiments) if results.find(e, place.get("runs")) is None]
-    threads = torch.get_num_threads()
-    jobs = min(len(missing), jobs or (1 if torch.cuda.is_available() else threads))
+    jobs = min(len(missing), jobs or (1 if torch.cuda.is_available() else stats.cores()))
     if jobs > 1:
-        with _pool(jobs, max(1, threads // jobs)) as pool:
-            futures = [pool.submit(fit, e, **place | {"progress": False}) for e in missing]
+        threads = max(1, stats.cores() // jobs)
+        with _pool(jobs, threads) as pool:
+            futures = [pool.submit(_fit_on_free_cores, e, threads, place | {"progress": False}) for e in missing]
             bar = tqdm(total=len(futures), unit="run", disable=_quiet(place.get("progress", True)))
             for done in as_completed(futures):
                 done.result()
                 bar.update()
             bar.close()
     return [fit(e, **place) for e in experiments]
+
+
+def _fit_on_free_cores(experiment: Experiment, threads: int, place: dict[str, Any]) -> None:
+    """`fit`, as soon as fewer than cores / threads trainings run in processes that share the runs folder."""
+    folder = results.runs_folder(place.get("runs"))
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        for slot in range(max(1, stats.cores() // threads)):
+            with suppress(Timeout), FileLock(folder / f".core{slot}x{threads}.lock", timeout=0):
+                fit(experiment, **place)
+                return
+        time.sleep(0.2)
 
 
 @contextmanager
@@ -310,12 +330,14 @@ class Training:
             if number < first:
                 continue
             stage = stages[number]
+            resumed = number == first and checkpoint.exists()
+            if stage.prepare is not None and not resumed:
+                stage.network.to(self.device)
+                stage.prepare(self._plain_batches())
             state = self._begin(stage, number, start, loss, evaluations)
-            if number == first and checkpoint.exists():
+            if resumed:
                 state.load(checkpoint)
                 self.log(f"resumed at step {state.step}")
-            elif stage.prepare is not None:
-                stage.prepare(self._plain_batches())
             self._train(state, stage, start, stop)
             loss, evaluations = state.loss, state.evaluations
             if state.teacher is not None:  # what is evaluated is what the next stage starts from
@@ -530,7 +552,6 @@ def _optimizer(learner: Learner, e: Experiment) -> torch.optim.Optimizer:
         {"params": [p for p in trainable if (id(p) in encoder) is inside], "peak": e.lr * factor}
         for inside, factor in ((False, 1.0), (True, e.encoder_lr_factor))
     ]
-    groups = [g for g in groups if g["params"]]
     if e.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay)
     return torch.optim.AdamW(groups, lr=e.lr, weight_decay=e.weight_decay)

@@ -34,7 +34,7 @@ R = TypeVar("R")
 WIDTH = 9.0
 """Width of every figure in inches."""
 DPI = 100
-LABEL_PX = 12  # a class name, written upwards at 8 pt, needs this much of the axis
+LABEL_PX = 11  # a class name, written upwards at 8 pt, needs this much of the axis
 RC: dict[Any, Any] = {
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
@@ -340,7 +340,7 @@ def plot_class_shares(
         look: dict[str, Any] = {"color": GROUP_COLOURS[name], "marker": GROUP_MARKERS[name], "s": size}
         ax.scatter(x[mine], pixels[order][mine], label=f"pixels, {name}", zorder=3, linewidth=0, **look)
     edge: dict[str, Any] = {"facecolor": "white", "edgecolor": "0.25", "linewidth": 0.8, "marker": "D"}
-    ax.scatter(x, regions[order], s=size * 0.6, label="regions (class in an image)", zorder=2, **edge)
+    ax.scatter(x, regions[order], s=size * 0.6, label="regions", zorder=2, **edge)
     if group is None:
         for share in (HEAD_SHARE, TAIL_SHARE):
             ax.axhline(share, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
@@ -361,7 +361,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     table: dataset, pixel, region (factors >= 1)
     """
     _columns(table, "dataset", "pixel", "region")
-    ax = subplots(height=0.9 + 0.33 * len(table))[1][0, 0] if ax is None else ax
+    ax = subplots(height=1.1 + 0.33 * len(table))[1][0, 0] if ax is None else ax
     table = table.sort_values("pixel", kind="stable")
     y = np.arange(len(table))
     ax.hlines(y, table["region"], table["pixel"], color="0.75", linewidth=1.5, zorder=1)
@@ -375,7 +375,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_formatter(lambda value, _: _number(value))
     ax.set(xlabel="imbalance factor", yticks=y, yticklabels=table["dataset"], ylim=(-0.6, len(table) - 0.3))
     ax.grid(axis="x")
-    ax.legend(loc="lower right")
+    _legend_above(ax)
     return ax
 
 
@@ -586,7 +586,9 @@ def _class_axis(column: np.ndarray, classes: pd.DataFrame) -> None:
 
 def _class_ticks(ax: Axes, names: Sequence[str]) -> None:
     """Names of the classes under the axis: all where they fit, else every second, third, ..."""
-    room = ax.get_position().width * ax.figure.get_figwidth() * DPI  # type: ignore[union-attr]
+    spec, figure = ax.get_subplotspec(), ax.figure
+    columns = spec.get_gridspec().ncols if spec else 1 / ax.get_position().width
+    room = figure.get_figwidth() * DPI / columns - 60  # type: ignore[union-attr]  # labels of the other axis
     every = max(1, int(np.ceil(LABEL_PX * len(names) / room)))
     ax.set_xticks(range(0, len(names), every), [_short(name) for name in names[::every]], rotation=90)
     ax.set_xlim(-0.8, len(names) - 0.2)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from ltseg_core.methods import Stage
+from ltseg_core.methods.base import Stage
 from ltseg_core.models import SegmentationNetwork
 from ltseg_core.stats import ClassCounts
 from ltseg_core.train import Learner

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ltseg_core.config import UserError, choose
 from ltseg_core.losses import Prior, _require, build_loss
-from ltseg_core.methods import PixelCriterion, Stage
+from ltseg_core.methods.base import PixelCriterion, Stage
 from ltseg_core.models import Output, SegmentationNetwork
 from ltseg_core.stats import ClassCounts
 

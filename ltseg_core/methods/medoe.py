@@ -22,8 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
-from ltseg_core.losses import _require, _wide, build_loss, cross_entropy, mean_over_valid, per_channel, per_pixel
-from ltseg_core.methods import PixelCriterion, Stage
+from ltseg_core.losses import (
+    _require,
+    _wide,
+    build_loss,
+    class_sizes,
+    cross_entropy,
+    mean_over_valid,
+    per_channel,
+    per_pixel,
+)
+from ltseg_core.methods.base import PixelCriterion, Stage
 from ltseg_core.models import SegmentationNetwork
 from ltseg_core.stats import HEAD_SHARE, TAIL_SHARE, ClassCounts
 
@@ -259,7 +268,7 @@ class ExpertCriterion(nn.Module):
         self.alpha, self.l2, self.l2_pixels, self.kl = alpha, l2, l2_pixels, kl
         self.narrow = (~labels).any(1).tolist()
         self.register_buffer("labels", labels)
-        self.register_buffer("log_prior", counts.pixels.clamp(min=1).double().log().float())  # up to a constant
+        self.register_buffer("log_prior", class_sizes(counts, "pixel").log())  # up to a constant
 
     def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
         experts = zip(output.experts, self.labels, self.narrow, strict=True)
@@ -288,7 +297,8 @@ def outside_norm(logits: Tensor, target: Tensor, labels: Tensor, form: str = "pi
     outside = (_wide(logits) * ~labels.view(1, -1, 1, 1)).masked_fill(ignored, 0)
     if form == "pixel":
         return mean_over_valid(torch.linalg.vector_norm(outside, dim=1), target)
-    return (torch.linalg.vector_norm(outside, dim=(0, 2, 3)) / (~ignored).sum().clamp(min=1).sqrt()).sum()
+    pixels = (~ignored).sum().clamp(min=1).to(outside.dtype)
+    return (torch.linalg.vector_norm(outside, dim=(0, 2, 3)) / pixels.sqrt()).sum()
 
 
 def prior_divergence(logits: Tensor, target: Tensor, labels: Tensor, log_prior: Tensor, form: str = "batch") -> Tensor:
@@ -339,7 +349,7 @@ class SimpleEnsemble(nn.Module):
             return log_p.logsumexp(0) - math.log(len(experts))
         if self.rule == "group_average":
             log_p = log_p.masked_fill(~self.labels[:, None, :, None, None], -torch.inf)
-            return log_p.logsumexp(0) - per_channel(self.labels.sum(0).log(), log_p)
+            return log_p.logsumexp(0) - per_channel(self.labels.sum(0), log_p).log()
         if self.rule == "argmax":
             return log_p.amax(0)
         sure = log_p.amax(2).exp() >= self.threshold  # (K, B, H, W)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
 from ltseg_core.losses import _require, _wide, build_loss, class_sizes
-from ltseg_core.methods import PixelCriterion, Stage
+from ltseg_core.methods.base import PixelCriterion, Stage
 from ltseg_core.models import Output, SegmentationNetwork
 from ltseg_core.stats import ClassCounts
 
@@ -91,6 +91,7 @@ def build(
         average=average,
         components=components,
         smoothing=smoothing,
+        auxiliary_weight=network.auxiliary_weight,
     )
     return [Stage("region_rebalance", network, criterion, frozen=(criterion.head,) if frozen_branch else ())]
 
@@ -124,9 +125,10 @@ class RegionCriterion(nn.Module):
         average: str = "batch",
         components: bool = False,
         smoothing: float = 0.0,
+        auxiliary_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.pixel, self.head = PixelCriterion(pixel_loss), head
+        self.pixel, self.head = PixelCriterion(pixel_loss, auxiliary_weight), head
         self.register_buffer("log_prior", log_prior)
         self.weight, self.stride, self.scope, self.resolution = weight, stride, scope, resolution
         self.average, self.components = average, components

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
 from ltseg_core.losses import Prior, _require, build_loss, class_sizes, one_hot, per_pixel, pixel_nll
-from ltseg_core.methods import PixelCriterion, Stage
+from ltseg_core.methods.base import PixelCriterion, Stage
 from ltseg_core.models import Output, SegmentationNetwork
 from ltseg_core.stats import ClassCounts
 
@@ -351,5 +351,7 @@ def undersampling(network: SegmentationNetwork, counts: ClassCounts, *, quantile
 
     Divided by the number of pixels kept. Raises UserError for a quantile outside [0, 1].
     """
-    criterion = Undersampled(PixelCriterion(build_loss("ce", counts)), keep_rates(counts, quantile))
+    criterion = Undersampled(
+        PixelCriterion(build_loss("ce", counts), network.auxiliary_weight), keep_rates(counts, quantile)
+    )
     return [Stage("undersampling", network, criterion)]

@@ -1,0 +1,59 @@
+"""What a method consists of: stages, each a network and the criterion that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ltseg_core.losses import cross_entropy
+from ltseg_core.models import Output
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One leg of training.
+
+    network:   image -> Output; the network of the last stage is what is evaluated and stored
+    criterion: (Output, target) -> scalar; its own parameters are trained too and dropped after the stage
+    share:     of the step budget, relative to the other stages'; 0 trains nothing
+    frozen:    modules kept fixed and in evaluation mode
+    prepare:   called once before the first step with the labelled training batches, unaugmented, each image
+               (B, 3, H, W) float in [0, 1] and target (B, H, W) int64, on the training device
+    """
+
+    name: str
+    network: nn.Module
+    criterion: nn.Module
+    share: float = 1.0
+    frozen: tuple[nn.Module, ...] = ()
+    prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], None] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to build a method's stages, and where it starts.
+
+    build:  (network, counts, *, keyword-only hyper-parameters) -> stages
+    first:  a method whose finished run of the same experiment gives the weights to start from; None: from scratch
+    length: steps of the method's own stages, as a share of the experiment's
+    """
+
+    build: Callable[..., list[Stage]]
+    first: str | None = None
+    length: float = 1.0
+
+
+class PixelCriterion(nn.Module):
+    """A pixel loss on the logits, plus `auxiliary_weight` x cross-entropy where the network has an auxiliary head."""
+
+    def __init__(self, loss: nn.Module, auxiliary_weight: float = 0.0) -> None:
+        super().__init__()
+        self.loss, self.auxiliary_weight = loss, auxiliary_weight
+
+    def forward(self, output: Output, target: Tensor) -> Tensor:
+        loss = self.loss(output.logits, target)
+        if output.auxiliary is None:
+            return loss
+        return loss + self.auxiliary_weight * cross_entropy(output.auxiliary, target)
