@@ -176,7 +176,7 @@ def figures(
         outcome = collection.run(None, profile=profile, out=Path(scratch), figures=out, force=True)
         failed = [result for result in outcome if result.failed]
         if failed:
-            typer.echo(collection.summary(outcome, out), err=True)
+            typer.echo(collection.summary(outcome, scratch, str(out)), err=True)
             raise typer.Exit(1)
     typer.echo(f"{len(list(out.glob('*.png')))} figures in {out}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -290,6 +291,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             if isinstance(value, (list, tuple)) and len(value) == len(kinds):
                 return tuple(_typed(name, v, kind) for v, kind in zip(value, kinds, strict=True))
         elif option is float:
+            if isinstance(value, str):  # YAML reads 1e-3 as a string
+                with contextlib.suppress(ValueError):
+                    value = float(value)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
                 return float(value)
         elif isinstance(option, type) and option in (int, str, bool):

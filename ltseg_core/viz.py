@@ -86,8 +86,10 @@ METHOD_LABELS = {
     "crt": "cRT",
     "lws": "LWS",
     "tau_norm": "tau-norm",
-    "decoupled": "decoupled",
-    "ema": "EMA teacher",
+    "posthoc_logit_adjustment": "post-hoc adjustment",
+    "ncm": "NCM",
+    "undersampling": "under-sampling",
+    "balanced_bound": "balanced bound",
 }
 """Append only: the place of a method in this list is its colour, marker, line and hatch in every notebook."""
 METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pixel_acc": "pixel Acc"}
@@ -114,7 +116,7 @@ def method_style(name: str) -> MethodStyle:
     place = known.index(name) if name in known else len(known) + zlib.crc32(name.encode()) % 840
     hue, shade = place % len(_HUES), place // len(_HUES)
     return MethodStyle(
-        _shaded(_HUES[hue], (0.0, 0.45, -0.4)[shade % 3]),
+        _shaded(_HUES[hue], (0.0, 0.45, -0.4, 0.68)[shade % 4]),
         _MARKERS[place % len(_MARKERS)],
         _LINES[place % len(_LINES)],
         _HATCHES[place % len(_HATCHES)],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -42,8 +43,8 @@ def test_json_round_trip(seed, lr, size, hyper):
 
 def test_yaml_file(tmp_path):
     path = tmp_path / "e.yaml"
-    path.write_text("method: blv\nhyper: {sigma: 6}\nsize: [180, 240]\n")
-    assert Experiment.from_file(path) == Experiment(method="blv", hyper={"sigma": 6}, size=(180, 240))
+    path.write_text("method: blv\nhyper: {sigma: 6}\nsize: [180, 240]\nlr: 3e-3\n")  # YAML: 3e-3 is a string
+    assert Experiment.from_file(path) == Experiment(method="blv", hyper={"sigma": 6}, size=(180, 240), lr=0.003)
 
 
 def test_is_frozen():
@@ -95,10 +96,14 @@ def test_choose_is_case_insensitive_and_names_the_nearest():
 
 
 def test_check_options_sees_keyword_only_parameters():
-    def build(first, *, sigma, secret):
-        return first, sigma, secret
+    def build(first: int, *, sigma: float, shares: Sequence[float] | None = None, secret: int) -> None: ...
 
-    check_options("option", {"sigma": 1}, build, hidden=("secret",))
+    given = {"sigma": 1, "shares": [1, "2e-3"]}
+    assert check_options("option", given, build, hidden=("secret",)) == {"sigma": 1.0, "shares": [1.0, 0.002]}
+    assert check_options("option", {"shares": None}, build) == {"shares": None}
+    for wrong in ({"sigma": "a"}, {"sigma": None}, {"shares": 3}, {"shares": ["a"]}):
+        with pytest.raises(UserError, match="must be"):
+            check_options("option", wrong, build)
     for name in ("first", "secret", "sigmaa"):
         with pytest.raises(UserError, match="unknown option"):
             check_options("option", {name: 1}, build, hidden=("secret",))

@@ -36,7 +36,7 @@ from data_prep.ccp import CCP
 from data_prep.class_stats import CLASS_STATS, class_names
 from data_prep.download import blob_id, download, tree_id, write_atomically
 from data_prep.install import ImageSet, TableSet, check_images, check_tables, prepare_images, prepare_tables
-from ltseg_core.config import UserError, data_root
+from ltseg_core.config import UserError
 
 URL_PATH = f"/{CAMVID.repository}/tar.gz/{CAMVID.commit}"
 
@@ -651,13 +651,6 @@ def test_root_that_cannot_be_written(command, tmp_path, capsys):
     assert message.count("\n") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_read_only_root(command, tmp_path, capsys):
-    tmp_path.chmod(0o500)
-    assert command("camvid", "--root", str(tmp_path)) == 2
-    assert "Permission denied" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_disk_errors_and_rerun(command, tmp_path, capsys, monkeypatch, code):
     def fail(self: Path, content: bytes) -> int:
@@ -704,15 +697,9 @@ def test_camvid_counts_cover_every_pixel():
 
 
 @pytest.mark.parametrize("spec", [CAMVID, CCP])
-def test_real_images_where_present(spec: ImageSet):
-    folder = data_root() / spec.name
-    if not folder.is_dir():
-        pytest.skip(f"no {spec.name} under the data root")
-    check_images(spec, folder)
+def test_real_images_where_present(spec: ImageSet, real_data: Path):
+    check_images(spec, real_data / spec.name)
 
 
-def test_real_class_statistics_where_present():
-    folder = data_root() / "class_stats"
-    if not folder.is_dir():
-        pytest.skip("no class_stats under the data root")
-    check_tables(CLASS_STATS, folder)
+def test_real_class_statistics_where_present(real_data: Path):
+    check_tables(CLASS_STATS, real_data / "class_stats")

@@ -19,9 +19,9 @@ from torch import nn
 from ltseg_core import data, evaluate, metrics, results, stats
 from ltseg_core.config import Experiment, UserError
 from ltseg_core.data.batches import BatchOrder, augment, collate, draw, generator
-from ltseg_core.methods import build_method
+from ltseg_core.methods import METHODS, build_method
 from ltseg_core.models import build_model
-from ltseg_core.train import fit, fit_all, learning_rate_factor, pseudo_labels, update_teacher
+from ltseg_core.train import Learner, fit, fit_all, learning_rate_factor, pseudo_labels, update_teacher
 
 SMALL = {"architecture": "Linknet", "encoder": "tu-mobilenetv3_small_050", "batch_size": 2}
 
@@ -358,17 +358,43 @@ def test_tensorboard_receives_the_loss(tiny, tmp_path):
     assert logged == pytest.approx({2: losses[1], 4: losses[3]}, rel=1e-6)
 
 
-def test_every_method_trains(tiny):
-    from ltseg_core.methods import METHODS
-
-    counts = stats.ClassCounts(torch.tensor([900, 90, 9, 1]), torch.tensor([9, 8, 4, 1]))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_finite_gradients_to_what_it_trains(method):
+    counts = stats.ClassCounts(torch.tensor([960_000, 31_000, 8_500, 500]), torch.tensor([50, 40, 20, 3]))
+    torch.manual_seed(0)
     network = build_model("Linknet", SMALL["encoder"], 4)
     image, target = torch.rand(2, 3, 32, 48), torch.randint(0, 4, (2, 32, 48))
-    for name in METHODS:
-        (stage,) = build_method(name, network, counts, {})
-        stage.criterion(stage.network(image), target).backward()
-        gradient = network.classifier.weight.grad
-        assert gradient is not None, name
-        assert torch.isfinite(gradient).all(), name
-        assert gradient.abs().sum() > 0, name
-        network.zero_grad()
+    for stage in build_method(method, network, counts, {}):
+        if stage.prepare is not None:
+            stage.prepare([(image, target)])
+        learner = Learner(stage)
+        for module in stage.frozen:
+            module.requires_grad_(False).eval()
+        trained = [p for p in learner.parameters() if p.requires_grad]
+        assert bool(trained) == bool(stage.share), stage.name
+        if trained:
+            learner(image, target).backward()
+            gradients = [p.grad for p in trained if p.grad is not None]
+            assert all(torch.isfinite(g).all() for g in gradients), stage.name
+            assert sum(g.abs().sum() for g in gradients) > 0, stage.name
+        learner.zero_grad()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].first or name == "medoe"])
+def test_methods_of_several_stages_start_from_their_first_run(tiny, method):
+    e = tiny(method=method, hyper={"cuts": [1, 3]} if method == "medoe" else {}, steps=12)
+    run = fit(e)
+    first = results.find(tiny(steps=12)) if METHODS[method].first else None
+    assert (first is not None) == bool(METHODS[method].first)
+    if first:
+        shared = [k for k in weights(first) if k.startswith("encoder.")]
+        assert shared
+        stored = weights(run)
+        prefix = "" if "encoder.model.conv_stem.weight" in stored else "network."
+        assert all(torch.equal(weights(first)[k], stored[prefix + k]) for k in shared)
+    test = data.load(e.dataset, "test")
+    assert np.array_equal(evaluate.confusion(run.network(), test).numpy(), run.confusion("test"))
+    losses = run.history["value"]
+    assert len(losses) == round(12 * METHODS[method].length)
+    assert np.isfinite(losses).all()

@@ -169,6 +169,7 @@ class ExpertOutput(NamedTuple):
     features: Tensor
     logits: Tensor
     experts: tuple[Tensor, ...]
+    auxiliary: Tensor | None = None  # `build` refuses networks with an auxiliary head
 
 
 class Experts(nn.Module):
