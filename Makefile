@@ -21,9 +21,13 @@ quicktest: environment  ## tests that neither train nor execute notebooks
 smoke: environment  ## every notebook, a few steps per run
 	$(BIN)/ltseg run --profile smoke --out out/smoke --jobs $(JOBS)
 
+PUBLISH := $(BIN)/python -c "from pathlib import Path; from ltseg_core.notebook import publish; \
+	[publish(p, Path('notebooks', p.name)) for p in sorted(Path('out/quick/notebooks').glob('*.ipynb'))]"
+
 publish: reproduce  ## store the executed notebooks, with the hash of their source, in notebooks/
-	$(BIN)/python -c "from pathlib import Path; from ltseg_core.notebook import publish; \
-		[publish(p, Path('notebooks', p.name)) for p in sorted(Path('out/quick/notebooks').glob('*.ipynb'))]"
+	$(PUBLISH)
+	$(BIN)/ltseg run 00 --profile quick --out out/quick --force  # its map shows what was just published
+	$(PUBLISH)
 
 figures: environment  ## regenerate figures/ from finished runs
 	$(BIN)/ltseg figures --out figures

@@ -162,6 +162,21 @@ def histories(runs: Iterable[Run], metric: str = "loss") -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def run_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """Integer counts of runs for `results/`: run, method, seed, split, class_id, class, train_pixels, intersection,
+    target_pixels, predicted_pixels. Any IoU, Acc or precision can be computed from it.
+    """
+    names = ["intersection", "target_pixels", "predicted_pixels"]
+    frames = []
+    for run in runs:
+        rows = run.metrics[run.metrics["metric"].isin(names)]
+        wide = rows.pivot(index=["split", "class_id", "class"], columns="metric", values="value").reset_index()
+        wide["train_pixels"] = run.counts().pixels.numpy()[wide["class_id"]]
+        frames.append(wide.assign(run=run.experiment.key(), method=label(run), seed=run.experiment.seed))
+    columns = ["run", "method", "seed", "split", "class_id", "class", "train_pixels", *names]
+    return pd.concat(frames, ignore_index=True)[columns].astype(dict.fromkeys(names, "int64"))
+
+
 def verdict(low: float, high: float, expected: Literal["positive", "negative"], *, margin: float = 0.0) -> Verdict:
     """Whether a 95 % interval of a difference supports a claimed direction.
 

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 
 class Parts(NamedTuple):
+    """What SegmentationNetwork takes a model apart into."""
+
     encoder: Any
     decoder: nn.Module
     segmentation_head: nn.Sequential
 
 
 def conv_norm_relu(inside: int, outside: int, kernel: int, *, norm: bool = True) -> nn.Sequential:
+    """Convolution that keeps the size, batch norm unless `norm` is False, ReLU."""
     convolution = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, bias=not norm)
     return nn.Sequential(convolution, nn.BatchNorm2d(outside) if norm else nn.Identity(), nn.ReLU(inplace=True))
 

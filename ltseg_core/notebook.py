@@ -104,7 +104,7 @@ def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     """Write the executed notebook to `target` (the copy in the repository) as a reader should get it.
 
     Removes what papermill added and everything that differs between two machines, counts the cells anew and
-    stores the hash of the source. Raises UserError if the notebook failed, was run with parameters that are
+    stores the hash of the source and the seconds the execution took. Raises UserError if the notebook failed, was run with parameters that are
     not its defaults, was edited since, or prints a path of this machine.
     """
     import nbformat
@@ -132,11 +132,16 @@ def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     for cell in nb.cells:
         for key in ("papermill", "execution", *([] if cell.metadata.get("tags") else ["tags"])):
             cell.metadata.pop(key, None)
+    seconds = nb.metadata.get("papermill", {}).get("duration", 0)
     for key in ("papermill", "widgets"):
         nb.metadata.pop(key, None)
     nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nb.metadata.language_info = {"name": "python"}
-    nb.metadata.ltseg = {**nb.metadata.get("ltseg", {}), "source_sha256": source_hash(nb)}
+    nb.metadata.ltseg = {
+        **nb.metadata.get("ltseg", {}),
+        "source_sha256": source_hash(nb),
+        "wall_s": round(seconds),
+    }
     write(Path(target), nbformat.writes(nb) + "\n")
 
 

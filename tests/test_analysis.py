@@ -134,6 +134,18 @@ def test_histories(make_run):
     }  # fmt: skip
 
 
+def test_run_table_holds_the_integers(make_run):
+    run = make_run(confusions(0), seed=3)
+    results.tidy_metrics({"test": confusions(0)}, run.classes, COUNTS).to_parquet(run.path / "metrics.parquet")
+    table = analysis.run_table([run])
+    total = confusions(0).sum(0)
+    assert table["intersection"].tolist() == np.diagonal(total).tolist()
+    assert table["target_pixels"].tolist() == total.sum(1).tolist()
+    assert table["predicted_pixels"].tolist() == total.sum(0).tolist()
+    assert table["train_pixels"].tolist() == COUNTS.pixels.tolist()
+    assert table.iloc[0][["method", "seed", "split", "class"]].tolist() == ["ce", 3, "test", "road"]
+
+
 def test_verdict_rule():
     assert analysis.verdict(0.1, 0.2, "positive") == "supported"
     assert analysis.verdict(0.1, 0.2, "negative") == "contradicted"
