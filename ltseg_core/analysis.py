@@ -13,6 +13,8 @@ from ltseg_core.config import UserError
 from ltseg_core.results import Run
 
 Verdict = Literal["supported", "contradicted", "open"]
+MAY_DIFFER = {"method", "hyper", "seed", "checkpoint_every", "eval_every"}
+"""Fields in which compared experiments may differ."""
 PER_CLASS = {"iou": metrics.iou, "acc": metrics.acc}
 
 
@@ -25,8 +27,8 @@ def label(run: Run) -> str:
 def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs of each method in order of seed.
 
-    Raises UserError if there are none, if two share method and seed, or if the methods differ in seeds, data
-    set, data options or class counts: they could not be compared.
+    Raises UserError if there are none, if two share method and seed, if the methods differ in seeds, or if any two
+    differ in anything but method, hyper-parameters and seed: they could not be compared.
     """
     table: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.experiment.seed):
@@ -40,12 +42,16 @@ def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
             raise UserError(f"{name} has several runs of one seed ({seeds}): compare runs of one setting at a time")
         if seeds != (expected := [run.experiment.seed for run in reference]):
             raise UserError(f"{name} has the seeds {seeds}, {first} {expected}: a paired comparison needs the same")
-        a, b = group[0], reference[0]
-        for what in ("dataset", "data_options", "eval_images"):
-            if (x := getattr(a.experiment, what)) != (y := getattr(b.experiment, what)):
-                raise UserError(f"{name} and {first} differ in {what}: {x!r} and {y!r}; they cannot be compared")
-        if a.classes != b.classes:
-            raise UserError(f"{name} and {first} differ in their class lists; they cannot be compared")
+        for run in group:
+            own, other = (r.experiment.to_dict() for r in (run, reference[0]))
+            for what in own.keys() - MAY_DIFFER:
+                if own[what] != other[what]:
+                    raise UserError(
+                        f"{name} (seed {run.experiment.seed}) and {first} differ in {what}: {own[what]!r} and"
+                        f" {other[what]!r}; they cannot be compared"
+                    )
+            if run.classes != reference[0].classes:
+                raise UserError(f"{name} and {first} differ in their class lists; they cannot be compared")
     return table
 
 

@@ -43,11 +43,14 @@ def _assignments(pairs: list[str] | None) -> dict[str, Any]:
             raise UserError(f"-p takes name=value, got {pair!r}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: 2020-13-45
             raise UserError(f"the value of -p {pair!r} is not valid YAML ({' '.join(str(error).split())})") from None
         outer, dot, inner = name.partition(".")
         if dot:
-            values.setdefault(outer, {})[inner] = value
+            mapping = values.setdefault(outer, {})
+            if not isinstance(mapping, dict):
+                raise UserError(f"-p {pair} adds to a mapping, but an earlier -p set {outer} to {mapping!r}: drop one")
+            mapping[inner] = value
         else:
             values[name] = value
     return values
@@ -112,7 +115,9 @@ def run(
 @app.command()
 def train(
     experiment: Annotated[Path | None, typer.Argument(help="YAML or JSON file of an experiment.")] = None,
-    profile_name: ProfileName = "quick",
+    profile_name: Annotated[
+        str | None, typer.Option("--profile", help=f"One of {', '.join(PROFILES)}.", show_default="quick")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="e.g. ce, balanced_softmax, blv.")] = None,
     dataset: Annotated[str | None, typer.Option(help="scenes, camvid, ccp, or a folder (with a /).")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
@@ -135,12 +140,15 @@ def train(
 
       accelerate launch --multi_gpu --num_processes 2 -m ltseg_core.cli train --method ce
     """
-    changes = _assignments(parameter)
+    if experiment and profile_name:
+        raise UserError(f"give the experiment file {experiment} or --profile {profile_name}, not both")
+    changes = Experiment.named(_assignments(parameter))
     given = {"method": method, "dataset": dataset, "seed": seed, "steps": steps}
     changes |= {name: value for name, value in given.items() if value is not None}
-    base = Experiment.from_file(experiment).to_dict() if experiment else dict(profile(profile_name).settings)
+    base = Experiment.from_file(experiment).to_dict() if experiment else dict(profile(profile_name or "quick").settings)
     for name, value in changes.items():  # hyper.sigma=4 adds to the mapping, it does not replace it
-        base[name] = {**base.get(name, {}), **value} if isinstance(value, dict) else value
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        base[name] = {**base[name], **value} if both else value
     wanted = Experiment.from_dict(base)
 
     from ltseg_core.train import fit
@@ -202,10 +210,13 @@ def stats(
     from ltseg_core import data
     from ltseg_core import stats as statistics
 
-    loaded = data.load(dataset, split, data_root, **_assignments(parameter))
+    wanted = Experiment(dataset=dataset, data_options=_assignments(parameter))
+    loaded = data.load(wanted.dataset, split, data_root, **wanted.data_options)
     counts = statistics.count_classes(loaded)
     share, group = counts.pixel_share(), statistics.groups(counts)
-    table = Table("class", "pixels", "share", "images", "group", title=f"{loaded.name}, {split}: {len(loaded)} images")
+    table = Table(
+        "class", "pixels", "share", "images", "group", title=f"{loaded.name}, {loaded.split}: {len(loaded)} images"
+    )
     for i in counts.pixels.argsort(descending=True).tolist():
         row = (f"{counts.pixels[i]:,}", f"{share[i]:.3%}", f"{counts.images[i]:,}", group[i])
         table.add_row(loaded.classes[i], *row)

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +33,21 @@ def choose(kind: str, name: object, valid: Iterable[str]) -> str:
     raise UserError(f"unknown {kind} {name!r}: {hint}")
 
 
+def canonical(kind: str, values: Mapping[str, Any], valid: Iterable[str]) -> dict[str, Any]:
+    """`values` under the names `choose` finds for theirs; refuses unknown names and one given twice (`a`, `A`)."""
+    valid, named = list(valid), {}
+    for name, value in values.items():
+        chosen = choose(kind, name, valid)
+        if chosen in named:
+            raise UserError(f"{kind} {chosen!r} is given twice, also as {name!r}: keep one")
+        named[chosen] = value
+    return named
+
+
 def check_options(
     kind: str, options: Mapping[str, Any], function: Callable[..., Any], hidden: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """`options` as the annotated types of the keyword-only parameters of `function`.
+    """`options` as the keyword-only parameters of `function`: their names (in any case) and annotated types.
 
     Refuses, with a UserError, names that are none (naming the nearest one) and values of another type.
     """
@@ -44,8 +56,7 @@ def check_options(
     if options and not valid:
         raise UserError(f"there is no {kind}, got {', '.join(options)}")
     hints = get_type_hints(inspect.getattr_static(function, "__init__") if isinstance(function, type) else function)
-    named = {choose(kind, name, valid): value for name, value in options.items()}
-    return {name: _typed(name, value, hints[name]) for name, value in named.items()}
+    return {name: _typed(name, value, hints[name]) for name, value in canonical(kind, options, valid).items()}
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -53,12 +64,15 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     return Path(root or os.environ.get("LTSEG_DATA") or "data").expanduser()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
     """Everything that decides the outcome of one training run; `key()` names its run directory.
 
     Where a run happens (device, data root, output folder, tracker) is not part of it: it is passed to
-    `train.fit`. Raises UserError for an unknown field, a wrong type or a value out of range.
+    `train.fit`. Two experiments are equal if their keys are: `checkpoint_every`, the one field that does not decide
+    the outcome, is stored with the run but does not count. Mappings hold what JSON can; tuples in them become
+    lists and 6.0 becomes 6, so that one setting is written in one way. Raises UserError for an unknown field, a
+    wrong type or a value out of range.
     """
 
     dataset: str = "scenes"
@@ -128,7 +142,7 @@ class Experiment:
     eval_images: int | None = None
     """Evaluate on at most this many images of each split, evenly spaced; None takes all."""
     checkpoint_every: int = 100
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints; not part of `key()`."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -136,7 +150,7 @@ class Experiment:
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
         for name in ("steps", "batch_size", "checkpoint_every", "lr"):
             self._require(name, getattr(self, name) > 0, "> 0")
-        for name in ("weight_decay", "warmup_steps", "encoder_lr_factor", "colour", "unlabelled_weight"):
+        for name in ("weight_decay", "warmup_steps", "encoder_lr_factor", "poly_power", "colour", "unlabelled_weight"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         for name in ("flip", "pseudo_threshold", "momentum"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
@@ -149,6 +163,9 @@ class Experiment:
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1) or null")
         if self.labelled_images is not None and self.ema_decay is None:
             raise UserError("labelled_images needs ema_decay: the EMA teacher labels the unlabelled images")
+        for name in ("name", "split", "root"):
+            if name in self.data_options:
+                raise UserError(f"{name!r} is no data option: data set, split and data root have their own arguments")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -156,26 +173,31 @@ class Experiment:
 
     def key(self) -> str:
         """Sixteen hexadecimal digits that are equal for equal experiments, on every machine."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        decisive = {name: value for name, value in self.to_dict().items() if name != "checkpoint_every"}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Experiment) and self.key() == other.key()
 
     def __hash__(self) -> int:
         return hash(self.key())
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: _plain(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, indent=1)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
+    def named(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` under the names of the fields; refuses what is none."""
         if not isinstance(values, Mapping):
             raise UserError(f"an experiment is a mapping of field to value, got {type(values).__name__}")
-        names = [f.name for f in dataclasses.fields(cls)]
-        for name in values:
-            if name not in names:
-                choose("experiment field", name, names)
-        return cls(**values)
+        return canonical("experiment field", values, [f.name for f in dataclasses.fields(cls)])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
+        return cls(**cls.named(values))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Experiment:
@@ -183,13 +205,15 @@ class Experiment:
         import yaml  # not needed to build experiments, and 30 ms at start-up
 
         try:
-            return cls.from_dict(yaml.safe_load(Path(path).read_text()))
+            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise UserError(f"no experiment file at {path}") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {error}") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read as an experiment file: {error.strerror}") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, 2020-13-45
+            raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
 
 
 @dataclass(frozen=True)
@@ -203,7 +227,7 @@ class Profile:
 
     def experiment(self, **changes: Any) -> Experiment:
         """The profile's experiment with some fields changed, e.g. `method="blv", seed=1`."""
-        return Experiment.from_dict({**self.settings, **changes})
+        return Experiment.from_dict({**self.settings, **Experiment.named(changes)})
 
 
 _SMALL = {
@@ -220,12 +244,14 @@ _PRETRAINED = {
     "architecture": "DeepLabV3Plus",
     "encoder": "mobilenet_v2",
     "encoder_weights": "mobilenet_v2_imagenet",
-    "lr": 1e-3,
+    "lr": 3e-3,
     "encoder_lr_factor": 0.3,
-    "weight_decay": 1e-2,
+    "scale_range": (0.75, 1.5),
+    "precision": "bf16",
     "warmup_steps": 50,
 }
-_GPU = {"batch_size": 16, "precision": "bf16"}
+_REDUCED = {"steps": 600, "model_options": {"decoder_aspp_dropout": 0.1, "decoder_atrous_rates": (3, 6, 9)}}
+_GPU = {"batch_size": 16}
 PROFILES = {
     p.name: p
     for p in (
@@ -245,7 +271,7 @@ PROFILES = {
             "camvid_cpu",
             "CamVid at 180x240, a pretrained encoder, minutes per run on a CPU",
             (0, 1, 2),
-            _PRETRAINED | {"dataset": "camvid", "size": (180, 240), "steps": 500},
+            _PRETRAINED | _REDUCED | {"dataset": "camvid", "size": (180, 240)},
         ),
         Profile(
             "camvid",
@@ -257,7 +283,7 @@ PROFILES = {
             "ccp_cpu",
             "Clothing Co-Parsing at 208x136, a pretrained encoder, minutes per run on a CPU",
             (0, 1, 2),
-            _PRETRAINED | {"dataset": "ccp", "size": (208, 136), "steps": 500},
+            _PRETRAINED | _REDUCED | {"dataset": "ccp", "size": (208, 136)},
         ),
         Profile(
             "ccp",
@@ -291,16 +317,15 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             if isinstance(value, (list, tuple)) and len(value) == len(kinds):
                 return tuple(_typed(name, v, kind) for v, kind in zip(value, kinds, strict=True))
         elif option is float:
-            if isinstance(value, str):  # YAML reads 1e-3 as a string
-                with contextlib.suppress(ValueError):
-                    value = float(value)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-                return float(value)
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool):  # YAML reads 1e-3 as a string
+                with contextlib.suppress(ValueError, OverflowError):
+                    if math.isfinite(number := float(value)):
+                        return number
         elif isinstance(option, type) and option in (int, str, bool):
             if isinstance(value, option) and not (option is int and isinstance(value, bool)):
                 return value
         elif isinstance(value, Mapping):
-            return dict(value)
+            return _plain(name, value)
     expected = " or ".join(_type_name(option) for option in _options(hint))
     raise UserError(f"{name} must be {expected}, got {value!r}")
 
@@ -321,7 +346,17 @@ def _type_name(option: Any) -> str:
     return "a mapping" if get_origin(option) else option.__name__
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    """A copy of `value` in the one way JSON writes it: lists, not tuples; 6, not 6.0. Refuses what JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"the names in {name} must be strings, got {key!r}")
+        return {key: _plain(f"{name}.{key}", v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, v) for v in value]
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else float(value)
+    if value is None or isinstance(value, (str, int)):
+        return value
+    raise UserError(f"{name} must be a finite number, string, boolean, null, list or mapping, got {value!r}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltseg_core.data.base import SegmentationDataset
-from ltseg_core.data.batches import collate
 from ltseg_core.metrics import ConfusionCounts
 
 
@@ -18,34 +19,43 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside, and each in its own mode again afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.inference_mode()
 def predictions(
     network: nn.Module,
     dataset: SegmentationDataset,
-    indices: list[int],
+    indices: Sequence[int],
     *,
     batch_size: int = 8,
     precision: str = "fp32",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(predicted, true) label maps of the images, each (H, W) uint8 at the label's own size, on the device.
 
-    The network sees the image at the data set's image size; its logits are brought bilinearly to the label's size.
+    The network sees each image at the data set's image size, in batches of neighbours of one size (so padding never
+    changes a score); its logits are brought bilinearly to the label's size.
     """
     device = next(network.parameters()).device
-    training = network.training
-    network.eval()
-    for start in range(0, len(indices), batch_size):
-        items = [dataset[i] for i in indices[start : start + batch_size]]
-        blank = [(image, image.new_zeros(image.shape[-2:])) for image, _ in items]
-        image = collate(blank).image.to(device, torch.float32, non_blocking=True) / 255
-        with autocast(device, precision):
-            logits = network(image).logits
-        for own, (x, label) in zip(logits, items, strict=True):
-            own = own[None, :, : x.shape[-2], : x.shape[-1]]
-            if x.shape[-2:] != label.shape:
-                own = F.interpolate(own, label.shape, mode="bilinear", align_corners=False)
-            yield own[0].argmax(0).to(torch.uint8), label.to(device, non_blocking=True)
-    network.train(training)
+    with evaluation_mode(network):
+        for _, same in groupby((dataset[i] for i in indices), key=lambda item: item[0].shape):
+            while items := list(islice(same, batch_size)):
+                image = torch.stack([image for image, _ in items]).to(device, torch.float32, non_blocking=True) / 255
+                with autocast(device, precision):
+                    logits = network(image).logits
+                for own, (_, label) in zip(logits.float(), items, strict=True):
+                    if own.shape[1:] != label.shape:
+                        own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
+                    yield own.argmax(0).to(torch.uint8), label.to(device, non_blocking=True)
 
 
 def confusion(

@@ -254,17 +254,18 @@ def interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[Any, Any, Any]:
-    """Score of one method with its bootstrap percentile interval: (value, low, high).
+    """Score of one method with its interval over test images and training seeds: (value, low, high).
 
     counts: (S, N, C, C) per training seed and test image, or their marginals;  metric: a function of this module.
-    The score is the mean over seeds of the metric over all images (seeds where it is NaN left out). Each replicate
-    resamples images and seeds; with one seed the interval covers the images only. Floats, or (C,) arrays for a
-    per-class metric. Resamples in which the score is NaN are left out; NaN limits where neither images nor seeds
-    can be resampled.
+    The score is the mean over seeds of the metric over all images (seeds where it is NaN left out). The images are
+    resampled (bootstrap percentiles of that mean, resamples with a NaN left out); the seeds, too few to be resampled,
+    enter by Student's t; the two half-widths are added in quadrature. With one seed the interval covers the
+    images only, with one image the seeds only; NaN limits where there is one of each. Floats, or (C,) arrays for a
+    per-class metric.
     """
     m = _stacked(counts)
-    value, samples = _score(m, metric, *_draws(m, replicates, seed))
-    return _with_limits(value, samples, confidence, resampled=max(m.shape[1:3]) > 1)
+    scores, samples = _scores(m, metric, _draws(m, replicates, seed))
+    return _with_limits(scores, samples, confidence, images=m.shape[2])
 
 
 def paired_interval(
@@ -276,10 +277,10 @@ def paired_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[Any, Any, Any]:
-    """Difference a - b of two methods with its paired bootstrap interval: (difference, low, high).
+    """Difference a - b of two methods with its paired interval: (difference, low, high).
 
-    As `interval`, each replicate resampling images and seeds alike for the two methods, which therefore must come
-    in the same order of seeds and images. Raises ValueError for different or other shapes.
+    As `interval`, of the differences seed by seed, the images resampled alike for both methods; they must come in
+    the same order of seeds and images. Raises ValueError for different or other shapes.
     """
     both = [_stacked(x) for x in (a, b)]
     if both[0].shape != both[1].shape:
@@ -289,41 +290,54 @@ def paired_interval(
             f"{s} x {n} x {c} and {s2} x {n2} x {c2} (seeds x images x classes)"
         )
     draws = _draws(both[0], replicates, seed)
-    (value_a, samples_a), (value_b, samples_b) = (_score(m, metric, *draws) for m in both)
-    resampled = max(both[0].shape[1:3]) > 1
-    return _with_limits(value_a - value_b, samples_a - samples_b, confidence, resampled=resampled)
+    (scores_a, samples_a), (scores_b, samples_b) = (_scores(m, metric, draws) for m in both)
+    return _with_limits(scores_a - scores_b, samples_a - samples_b, confidence, images=both[0].shape[2])
 
 
-def _draws(m: np.ndarray, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each image, (R, N), and each seed, (R, S), is drawn in each replicate."""
-    rng = np.random.default_rng(seed)
-    return _weights(rng, replicates, m.shape[2]), _weights(rng, replicates, m.shape[1])
+def _draws(m: np.ndarray, replicates: int, seed: int) -> np.ndarray:
+    """How often each image is drawn in each replicate, (R, N)."""
+    return _weights(np.random.default_rng(seed), replicates, m.shape[2])
 
 
-def _score(
-    m: np.ndarray, metric: Callable[[Array | Marginals], Array], images: np.ndarray, seeds: np.ndarray
+def _scores(
+    m: np.ndarray, metric: Callable[[Array | Marginals], Array], images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds of the metric, () or (C,), and its replicates, (R,) or (R, C). m: (3, S, N, C)."""
-    value = _nanmean(np.moveaxis(metric(Marginals(*m.sum(2))), 0, -1))
-    scores = np.moveaxis(metric(Marginals(*np.matmul(images, m))), 0, -1)  # (R, [C,] S)
-    weights = seeds.reshape(len(seeds), *[1] * (scores.ndim - 2), -1)
-    present = ~np.isnan(scores)
-    return value, _ratio((weights * np.nan_to_num(scores)).sum(-1), (weights * present).sum(-1))
+    """The metric of each seed, (S,) or (S, C), and replicates of its mean over seeds, (R,) or (R, C).
+
+    m: (3, S, N, C);  images: (R, N)
+    """
+    replicated = metric(Marginals(*np.matmul(images, m)))  # (S, R, [C])
+    return metric(Marginals(*m.sum(2))), _nanmean(np.moveaxis(replicated, 0, -1))
+
+
+def _with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
+    value = _nanmean(np.moveaxis(scores, 0, -1))
+    low, high = percentile_interval(samples, confidence)
+    _, seeds_low, seeds_high = seed_interval(scores, confidence=confidence)
+    half = np.nan_to_num((seeds_high - seeds_low) / 2)
+    below, above = np.hypot(value - low, half), np.hypot(high - value, half)
+    if images == 1:  # nothing to resample
+        below = above = (seeds_high - seeds_low) / 2
+    return _plain(value), _plain(value - below), _plain(value + above)
 
 
 def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) -> tuple[Any, Any, Any]:
     """Mean over training seeds with its Student-t interval: (mean, low, high).
 
-    values: (S,) or (S, C), e.g. paired differences, one per seed. Fewer than two seeds have no interval:
-    (value, NaN, NaN). Raises ValueError if there is none.
+    values: (S,) or (S, C), e.g. paired differences, one per seed; NaN are left out. Fewer than two seeds have no
+    interval: (value, NaN, NaN). Raises ValueError if there is none.
     """
     from scipy.stats import t
 
     x = np.asarray(values, dtype=np.float64)
     if x.ndim == 0 or not len(x):
         raise ValueError(f"expected at least one value per seed, got shape {x.shape}")
-    n, mean = len(x), x.mean(0)
-    half = t.ppf((1 + confidence) / 2, n - 1) * x.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full(x.shape[1:], np.nan)
+    present = ~np.isnan(x)
+    n, mean = present.sum(0), _nanmean(np.moveaxis(x, 0, -1))
+    squares = np.where(present, (x - mean) ** 2, 0).sum(0)
+    half = np.where(n > 1, t.ppf((1 + confidence) / 2, np.maximum(n - 1, 1)), np.nan) * np.sqrt(
+        squares / np.maximum(n - 1, 1) / np.maximum(n, 1)
+    )
     return _plain(mean), _plain(mean - half), _plain(mean + half)
 
 
@@ -341,11 +355,6 @@ def _weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
         raise ValueError(f"replicates must be >= 1, got {replicates}")
     cells = rng.integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
     return np.bincount(cells.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
-
-
-def _with_limits(value: np.ndarray, samples: np.ndarray, confidence: float, *, resampled: bool) -> tuple[Any, Any, Any]:
-    low, high = percentile_interval(samples if resampled else np.full_like(samples, np.nan), confidence)
-    return _plain(value), _plain(low), _plain(high)
 
 
 def _plain(x: np.ndarray) -> Any:

@@ -104,8 +104,9 @@ def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     """Write the executed notebook to `target` (the copy in the repository) as a reader should get it.
 
     Removes what papermill added and everything that differs between two machines, counts the cells anew and
-    stores the hash of the source and the seconds the execution took. Raises UserError if the notebook failed, was run with parameters that are
-    not its defaults, was edited since, or prints a path of this machine.
+    stores the hash of the source and the seconds the execution took.
+    Raises UserError if the notebook failed, was run with parameters that are not its defaults, was edited since, or
+    prints a path of this machine.
     """
     import nbformat
 

@@ -42,7 +42,7 @@ class Run:
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One row per step and quantity: step, metric (`loss`, `lr`, `val miou`, ...), value."""
+        """One row per step and quantity: step, metric (`loss`, `val miou`, `val macc`), value."""
         return pd.read_parquet(self.path / "history.parquet")
 
     @cached_property
@@ -114,8 +114,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -124,14 +123,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Turn a complete working directory into the finished run, in one step."""
-    for leftover in partial.glob(".*.tmp"):
-        leftover.unlink()
+    for path in partial.iterdir():
+        if path.suffix == ".tmp":
+            path.unlink()
+        else:
+            _sync(path)
     partial.rename(final)
-    folder = os.open(final.parent, os.O_RDONLY)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or folder onto the disk, so that a power cut cannot undo what is said to be finished."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def tidy_metrics(

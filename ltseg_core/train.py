@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -28,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltseg_core import data, evaluate, metrics, results, stats
-from ltseg_core.config import IGNORE_INDEX, Experiment, UserError, choose
+from ltseg_core import __version__, data, evaluate, metrics, results, stats
+from ltseg_core.config import IGNORE_INDEX, Experiment, UserError, check_options, choose
 from ltseg_core.data.base import Resized, SegmentationDataset, Subset
 from ltseg_core.data.batches import (
     Batch,
@@ -43,6 +44,7 @@ from ltseg_core.data.batches import (
     loader,
     recolour,
 )
+from ltseg_core.losses import LOSSES, PixelLoss
 from ltseg_core.methods import METHODS, build_method
 from ltseg_core.methods.base import Stage
 from ltseg_core.models import build_model
@@ -71,18 +73,22 @@ def fit(
     bit for bit those of an undisturbed run. Several processes asking for one run train it once.
     Raises UserError for everything a user can mend, e.g. missing data, an unknown method, a loss that diverges.
     """
+    name = choose("method", experiment.method, METHODS)
+    if name != experiment.method:
+        experiment = replace(experiment, method=name)
     final = results.runs_folder(runs) / experiment.key()
     if run := results.find(experiment, runs):
         return run
-    method = choose("method", experiment.method, METHODS)
-    _check_tracker(tracker)
+    method = METHODS[name]
+    if name not in LOSSES:
+        check_options(f"hyper-parameter of {name}", experiment.hyper, method.build)
+    tracker = _check_tracker(tracker)
     if os.environ.get("LTSEG_TRAIN") == "0":
         raise UserError(
             f"no finished run of {experiment.method} on {experiment.dataset} (seed {experiment.seed}) in "
             f"{final.parent}, and LTSEG_TRAIN=0 forbids training: run the notebooks first, `ltseg run`"
         )
 
-    first = METHODS[method].first
     place: dict[str, Any] = {
         "data_root": data_root,
         "runs": runs,
@@ -90,7 +96,7 @@ def fit(
         "workers": workers,
         "progress": progress,
     }
-    start_from = fit(replace(experiment, method=first, hyper={}), **place) if first else None
+    start_from = fit(replace(experiment, method=method.first, hyper={}), **place) if method.first else None
 
     def train() -> None:
         Training(experiment, final.with_suffix(".partial"), data_root, tracker, workers, progress).run(start_from)
@@ -103,7 +109,7 @@ def fit(
             with FileLock(final.with_suffix(".lock")):
                 if results.find(experiment, runs) is None:
                     train()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
         raise UserError(
             f"cannot write the run to {final.parent} ({error}): free disk space, mend the permissions or choose"
             " another folder with --runs or LTSEG_RUNS; what was finished is kept"
@@ -212,7 +218,7 @@ class State:
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in slots.items() if v is not None}
         stored = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-        meta = {"stage": self.stage, "step": self.step, "evaluations": self.evaluations}
+        meta = {"format": results.FORMAT, "stage": self.stage, "step": self.step, "evaluations": self.evaluations}
         text = {k: json.dumps(v) for k, v in meta.items()}
         results.write_atomically(path, lambda temporary: save_file(stored, temporary, text))
 
@@ -246,7 +252,10 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _stored_stage(path: Path) -> int:
     with _readable(path), safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["stage"])
+        meta = {k: json.loads(v) for k, v in file.metadata().items()}
+        if meta["format"] != results.FORMAT:
+            raise ValueError(f"format {meta['format']}, expected {results.FORMAT}")
+        return meta["stage"]
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -269,10 +278,11 @@ class Training:
         from accelerate.utils import DistributedDataParallelKwargs
 
         self.e, self.folder, self.data_root, self.workers = experiment, folder, data_root, workers
-        self.steps = round(experiment.steps * METHODS[experiment.method].length)
+        self.steps = math.ceil(experiment.steps * METHODS[experiment.method].length)
         self.accelerator = Accelerator(
+            mixed_precision="no",  # the experiment decides, not the machine's configuration
             log_with=tracker,
-            project_dir=folder.parent / "tracking",
+            project_dir=folder.parent / "tracking" / experiment.key(),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
@@ -301,16 +311,22 @@ class Training:
     def run(self, start_from: Run | None) -> None:
         """Train all stages, evaluate, and publish the run directory. start_from: the run whose weights to take."""
         started, e = time.time(), self.e
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.log(f"experiment {e.key()} {json.dumps(e.to_dict())}")
         whole = data.load(e.dataset, "train", self.data_root, **e.data_options)
         self.labelled, self.unlabelled = _shares(e, len(whole))
         counts = stats.count_classes(Subset(whole, self.labelled) if self.unlabelled else whole)
+        if not counts.pixels.any():
+            raise UserError(f"the training labels of {e.dataset} are all ignored: there is nothing to learn from")
         self.train_set = in_memory_if_small(Resized(whole, e.size, resize_labels=True) if e.size else whole)
         self.test_sets = {
             split: in_memory_if_small(evaluation_set(e, split, self.data_root))
             for split in data.splits(e.dataset, self.data_root)
             if split != "train"
         }
+        if not self.test_sets:
+            raise UserError(f"{e.dataset} has neither a val nor a test split: there is nothing to evaluate on")
         self.log(f"{len(self.labelled)} labelled, {len(self.unlabelled)} unlabelled images; {self.world} process(es)")
 
         torch.manual_seed(e.seed)
@@ -348,7 +364,6 @@ class Training:
         if self.main:
             self._store(final, loss, evaluations, confusion, whole.classes, counts, started)
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
 
     def _begin(self, stage: Stage, number: int, start: int, loss: Tensor, evaluations: list[dict[str, float]]) -> State:
         e = self.e
@@ -376,7 +391,10 @@ class Training:
         for module in (*stage.frozen, *(_batch_norms(learner) if e.freeze_batch_norm else ())):
             module.eval()
         self.bar.update(state.step - self.bar.n)
+        scheduled = [m for m in learner.criterion.modules() if isinstance(m, PixelLoss)]
         for step in range(state.step, stop):
+            for loss_module in scheduled:
+                loss_module.progress = (step - start) / max(1, stop - start - 1)
             torch.manual_seed(_mix(e.seed, step, self.rank))  # dropout, noise: a function of the step alone
             for group in state.optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(e, step - start, stop - start)
@@ -385,13 +403,14 @@ class Training:
             with evaluate.autocast(self.device, e.precision):
                 loss = ddp(image, target, pseudo)
             state.optimizer.zero_grad(set_to_none=True)
-            self.accelerator.backward(loss)
+            loss.backward()
             if e.clip_norm is not None:
                 nn.utils.clip_grad_norm_(learner.parameters(), e.clip_norm)
             state.optimizer.step()
             state.loss[step] = loss.detach()
             state.step = step + 1
             if state.teacher is not None and e.ema_decay is not None:
+                self._share_buffers(learner.network)
                 update_teacher(state.teacher, learner.network, min(e.ema_decay, state.step / (state.step + 1)))
             self._after_step(state, start, stop)
 
@@ -402,10 +421,9 @@ class Training:
         look = e.eval_every is not None and step % e.eval_every == 0 and "val" in self.test_sets
         if not (save or look or step % CHECK_EVERY == 0):
             return
-        recent = state.loss[max(start, step - CHECK_EVERY) : step].tolist()
         _check_finite(state.loss[start:step], start, e)
-        values = {"loss": recent[-1], "lr": state.optimizer.param_groups[0]["lr"]}
-        self.bar.set_postfix(loss=f"{recent[-1]:.3f}")
+        values = {"loss": state.loss[step - 1].item(), "lr": state.optimizer.param_groups[0]["lr"]}
+        self.bar.set_postfix(loss=f"{values['loss']:.3f}")
         if look:
             total = self._confusion(state.teacher or state.learner.network, self.test_sets["val"]).sum(0)
             values |= {"val miou": float(metrics.miou(total)), "val macc": float(metrics.macc(total))}
@@ -414,6 +432,12 @@ class Training:
         self.accelerator.log(values, step=step)
         if save and self.main:
             state.save(self.folder / CHECKPOINT)
+
+    def _share_buffers(self, network: nn.Module) -> None:
+        """Give every process the first one's batch-norm statistics: each has seen its own slice of the batches."""
+        if self.world > 1:
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The labelled training images, once, in order, as they are."""
@@ -450,6 +474,7 @@ class Training:
         return recolour(image, chosen.colour.to(self.device)), target, e.unlabelled_weight
 
     def _confusion(self, network: nn.Module, dataset: SegmentationDataset) -> np.ndarray:
+        self._share_buffers(network)
         counts = evaluate.confusion(
             network,
             dataset,
@@ -495,16 +520,17 @@ class Training:
         stored = {"format": results.FORMAT, "experiment": e.to_dict()}
         (folder / "experiment.json").write_text(json.dumps(stored, indent=1))
         self.log("finished: " + ", ".join(f"{s} mIoU {metrics.miou(c.sum(0)):.4f}" for s, c in confusion.items()))
-        (folder / CHECKPOINT).unlink(missing_ok=True)
         results.publish(folder, folder.with_suffix(""))
+        (folder.with_suffix("") / CHECKPOINT).unlink(missing_ok=True)
 
 
-def _check_tracker(tracker: str | None) -> None:
+def _check_tracker(tracker: str | None) -> str | None:
     if tracker is None:
-        return
-    choose("tracker", tracker, TRACKERS)
+        return None
+    tracker = choose("tracker", tracker, TRACKERS)
     if importlib.util.find_spec(tracker) is None:
         raise UserError(f"tracker {tracker!r} is not installed: `pip install {tracker}`, or leave the option out")
+    return tracker
 
 
 def evaluation_set(
@@ -512,7 +538,8 @@ def evaluation_set(
 ) -> SegmentationDataset:
     """A split as a run is evaluated on it: images at the network's size, labels at their own."""
     e = experiment
-    options = {k: v for k, v in e.data_options.items() if k != "images"}  # it limits the training split
+    training_only = ("images", "border_noise")  # fewer images and noisy labels are for training
+    options = {k: v for k, v in e.data_options.items() if k not in training_only}
     dataset = data.load(e.dataset, split, data_root, **options)
     if e.eval_images is not None and e.eval_images < len(dataset):
         dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, e.eval_images).round().astype(int).tolist())
@@ -599,16 +626,19 @@ def _check_finite(loss: Tensor, first: int, e: Experiment) -> None:
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and commit, for environment.json."""
-    packages = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "accelerate", "numpy", "ltseg")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    packages = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "accelerate", "numpy")
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no clone
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.check_output(
+            command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
+        ).strip()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: version(name) for name in packages} | {"ltseg": __version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }

@@ -95,9 +95,11 @@ def test_one_seed_still_has_an_interval_over_images(make_run):
     ("fields", "message"),
     [
         ({"seed": 5}, r"has the seeds \[5\]"),
-        ({"dataset": "camvid"}, "differ in dataset: 'camvid' and 'scenes'"),
+        ({"dataset": "camvid"}, r"blv \(seed 0\) and ce differ in dataset: 'camvid' and 'scenes'"),
         ({"data_options": {"images": 4}}, "differ in data_options"),
         ({"eval_images": 4}, "differ in eval_images"),
+        ({"steps": 4}, "differ in steps"),
+        ({"encoder": "resnet18"}, "differ in encoder"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(make_run, fields, message):

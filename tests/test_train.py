@@ -21,7 +21,7 @@ from ltseg_core.config import Experiment, UserError
 from ltseg_core.data.batches import BatchOrder, augment, collate, draw, generator
 from ltseg_core.methods import METHODS, build_method
 from ltseg_core.models import build_model
-from ltseg_core.train import Learner, fit, fit_all, learning_rate_factor, pseudo_labels, update_teacher
+from ltseg_core.train import Learner, evaluation_set, fit, fit_all, learning_rate_factor, pseudo_labels, update_teacher
 
 SMALL = {"architecture": "Linknet", "encoder": "tu-mobilenetv3_small_050", "batch_size": 2}
 
@@ -137,6 +137,7 @@ def test_killed_at_random_moments_gives_the_undisturbed_weights(tiny, tmp_path, 
         process.join()
     assert kills > 0
     killed = results.find(e, runs)
+    assert "resumed at step" in (killed.path / "log.txt").read_text()
     assert same(weights(whole), weights(killed))
     assert whole.history.equals(killed.history)
     assert np.array_equal(whole.confusion("test"), killed.confusion("test"))
@@ -155,6 +156,13 @@ def test_interrupt_keeps_the_checkpoint_and_the_next_call_resumes(tiny, tmp_path
     assert process.exitcode not in (0, None)
     assert checkpoint.exists()
     assert results.find(e, tmp_path) is None
+    process = _start(e, tmp_path)
+    log = tmp_path / f"{e.key()}.partial" / "log.txt"
+    while "resumed at step" not in log.read_text() and process.is_alive():
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert "resumed at step" in log.read_text()
 
 
 def test_truncated_checkpoint_is_named(tiny, tmp_path, monkeypatch):
@@ -273,7 +281,7 @@ def test_two_processes_give_the_metrics_of_one(tiny, tmp_path):
     assert two.environment["processes"] == 2
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-4), name
-    assert one.confusion("test").sum() == two.confusion("test").sum()
+    assert np.array_equal(evaluate.confusion(two.network(), data.load(e.dataset, "test")), two.confusion("test"))
     assert one.value("miou") == pytest.approx(two.value("miou"), abs=2e-3)
 
 
@@ -333,6 +341,44 @@ def test_frozen_batch_norm_does_not_move(tiny):
     assert norms
     assert all(torch.equal(initial[k], final[k]) for k in norms)
     assert not torch.equal(initial["classifier.weight"], final["classifier.weight"])
+
+
+def test_periodic_evaluation_changes_nothing(tiny):
+    plain, looked = (fit(tiny(freeze_batch_norm=True, eval_every=n)) for n in (None, 1))
+    assert same(weights(plain), weights(looked))
+    plain, looked = (
+        fit(tiny(method="disalign", hyper={"confidence": "conv_bn_relu"}, eval_every=n)) for n in (None, 1)
+    )
+    assert same(weights(plain), weights(looked))
+
+
+def test_losses_follow_the_progress_of_their_stage(tiny):
+    plain, temporal = (fit(tiny(method="blv", hyper={"temporal": t})) for t in (False, True))
+    constant = fit(tiny())
+    losses = [r.history["value"].to_numpy() for r in (plain, temporal, constant)]
+    assert losses[1][0] == losses[2][0]  # sigma starts at 0
+    assert (losses[1][1:3] != losses[2][1:3]).all()
+    assert (losses[0] != losses[2]).all()
+
+
+def test_label_noise_is_for_training_only():
+    e = Experiment(data_options={"images": 40, "border_noise": 3}, eval_images=5)
+    noisy, clean = evaluation_set(e, "test"), data.load("scenes", "test")
+    assert noisy.names[0] == clean.names[0]
+    assert torch.equal(noisy[0][1], clean[0][1])
+
+
+def test_nothing_to_learn_from_or_to_evaluate_on(folder):
+    from PIL import Image
+
+    root = folder(train=2)
+    with pytest.raises(UserError, match="neither a val nor a test split"):
+        fit(Experiment(dataset=str(root), **SMALL))
+    root = folder(train=2, val=1)
+    for path in (root / "train" / "labels").iterdir():
+        Image.fromarray(np.full((32, 48), 255, np.uint8)).save(path)
+    with pytest.raises(UserError, match="are all ignored"):
+        fit(Experiment(dataset=str(root), **SMALL))
 
 
 def test_learning_rate_schedule_closed_form():

@@ -34,9 +34,8 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, **op
     if folder is None:
         from ltseg_core.data.scenes import Scenes
 
-        check_options(f"option of {name}", options, Scenes)
-        return Scenes(split, **options)
-    check_options(f"option of {name}", options, FolderDataset, hidden=("name", "spec"))
+        return Scenes(split, **check_options(f"option of {name}", options, Scenes))
+    options = check_options(f"option of {name}", options, FolderDataset, hidden=("name", "spec"))
     return FolderDataset(folder, split, name=name, spec=SPECS.get(name), **options)
 
 

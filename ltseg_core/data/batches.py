@@ -137,10 +137,9 @@ def augment(batch: Batch, chosen: Draw, crop: tuple[int, int] | None) -> tuple[T
     height, width = batch.image.shape[-2:]
     h, w = crop or (height, width)
     inside = batch.sizes.to(device, torch.float32, non_blocking=True)  # (B, 2)
-    window = torch.tensor([h, w], dtype=torch.float32, device=device)
-    origin = place * (zoom[:, None] * inside - window)  # (B, 2) of the window in the zoomed image
-    y = (origin[:, :1] + torch.arange(h, device=device) + 0.5) / zoom[:, None]  # (B, h) in input pixels
-    x = (origin[:, 1:] + torch.arange(w, device=device) + 0.5) / zoom[:, None]  # (B, w)
+    zoomed = zoom[:, None] * inside  # (B, 2); numbers, not new tensors, below: those would wait for the device
+    y = (place[:, :1] * (zoomed[:, :1] - h) + torch.arange(h, device=device) + 0.5) / zoom[:, None]  # (B, h) input px
+    x = (place[:, 1:] * (zoomed[:, 1:] - w) + torch.arange(w, device=device) + 0.5) / zoom[:, None]  # (B, w)
     x = torch.where(flip[:, None] > 0, inside[:, 1:] - x, x)
     grid = torch.stack(torch.broadcast_tensors((2 * x / width - 1)[:, None], (2 * y / height - 1)[:, :, None]), -1)
     image = F.grid_sample(batch.image.float() / 255, grid, mode="bilinear", align_corners=False)
@@ -156,9 +155,8 @@ def recolour(image: Tensor, factors: Tensor) -> Tensor:
     factors: (B, 3) float, 1 leaves the property as it is
     """
     brightness, contrast, saturation = factors.T[..., None, None, None]  # each (B, 1, 1, 1)
-    luma = torch.tensor([0.299, 0.587, 0.114], device=image.device)[:, None, None]
     image = image * brightness
-    grey = (image * luma).sum(1, keepdim=True)
+    grey = 0.299 * image[:, :1] + 0.587 * image[:, 1:2] + 0.114 * image[:, 2:]
     mean = grey.mean((2, 3), keepdim=True)
     image = mean + contrast * (image - mean)
     grey = mean + contrast * (grey - mean)

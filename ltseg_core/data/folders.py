@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import csv
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
 from ltseg_core.data.base import SegmentationDataset
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES, LABEL_SUFFIXES = (".jpg", ".jpeg", ".png"), (".png",)  # in upper case, too
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ class FolderDataset(SegmentationDataset):
 
     images: how many images to keep, spread evenly over the sorted stems (None keeps all)
 
-    Raises UserError when a folder, an image or a label is missing, the split is empty, a file cannot be
-    decoded, image and label differ in size, a label has several channels, or a value is no class.
+    Raises UserError when a folder, an image or a label is missing, two files share a stem, the split is empty, a
+    file cannot be read or decoded, image and label differ in size, a label has several channels, or a value is no
+    class (without a class list: 254).
     """
 
     def __init__(
@@ -86,7 +88,6 @@ class FolderDataset(SegmentationDataset):
         spec: Spec | None = None,
         images: int | None = None,
     ) -> None:
-        self.name, self.split, self.folder = name, split, root / split
         if not root.is_dir():
             hint = f"fetch it with `{spec.prepare} --root {root.parent}`" if spec else "check the path"
             raise UserError(
@@ -96,8 +97,10 @@ class FolderDataset(SegmentationDataset):
         splits = sorted(p.name for p in root.iterdir() if (p / "images").is_dir())
         if not splits:
             raise UserError(f"{root} holds no split: expected <split>/images and <split>/labels, e.g. train/images")
-        choose(f"split of {name}", split, splits)
-        self.names, self._suffix = self._pairs()
+        self.name, self.split = name, choose(f"split of {name}", split, splits)
+        self.folder = root / self.split
+        self._images, self._labels = self._pairs()
+        self.names = sorted(self._images)
         if images is not None:
             if not 0 < images <= len(self.names):
                 raise UserError(f"images must be in [1, {len(self.names)}] for {self.folder}, got {images}")
@@ -110,30 +113,30 @@ class FolderDataset(SegmentationDataset):
         self._remap[: len(spec.classes)] = np.arange(len(spec.classes))
         self._remap[[spec.ignored, IGNORE_INDEX]] = IGNORE_INDEX
 
-    def _pairs(self) -> tuple[list[str], dict[str, str]]:
-        images = {p.stem: p.suffix for p in (self.folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
+    def _pairs(self) -> tuple[dict[str, str], dict[str, str]]:
+        """File names of the images and of the labels by stem."""
+        images = _by_stem(self.folder / "images", IMAGE_SUFFIXES)
         if not (self.folder / "labels").is_dir():
             raise UserError(f"{self.folder} has images/ but no labels/ folder")
-        labels = {p.stem for p in (self.folder / "labels").iterdir() if p.suffix.lower() == ".png"}
+        labels = _by_stem(self.folder / "labels", LABEL_SUFFIXES)
         if not images and not labels:
             raise UserError(f"split {self.split!r} is empty: no images in {self.folder / 'images'}")
         for what, missing, where in (
-            ("label", sorted(set(images) - labels), "labels"),
-            ("image", sorted(labels - set(images)), "images"),
+            ("label", sorted(images.keys() - labels), "labels"),
+            ("image", sorted(labels.keys() - images), "images"),
         ):
             if missing:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise UserError(f"no {what} for {missing[0]!r}{more} in {self.folder / where}: add or remove it")
-        return sorted(images), images
+        return images, labels
 
     def image(self, index: int) -> np.ndarray:
         """RGB image, (H, W, 3) uint8."""
-        name = self.names[index]
-        with _opened(self.folder / "images" / (name + self._suffix[name])) as picture:
+        with _opened(self.folder / "images" / self._images[self.names[index]]) as picture:
             return np.array(picture.convert("RGB"))
 
     def _label_path(self, index: int) -> Path:
-        return self.folder / "labels" / f"{self.names[index]}.png"
+        return self.folder / "labels" / self._labels[self.names[index]]
 
     def label(self, index: int) -> np.ndarray:
         path = self._label_path(index)
@@ -171,6 +174,17 @@ class FolderDataset(SegmentationDataset):
 _INVALID = 254  # marks values that are no class; so at most 254 classes
 
 
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """The names of the files in `folder` that end on one of `suffixes`, by stem."""
+    names: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes:
+            if path.stem in names:
+                raise UserError(f"{folder} holds both {names[path.stem]} and {path.name}: remove or rename one")
+            names[path.stem] = path.name
+    return names
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The picture at `path`; whatever goes wrong while it is read becomes a UserError that names it."""
@@ -180,6 +194,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise UserError(f"{path} has disappeared") from None
     except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNG chunks
+        if isinstance(error, OSError) and error.strerror:  # from the system, not from PIL
+            raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions or the disk") from None
         raise UserError(f"{path} cannot be decoded ({error}): truncated or corrupt, fetch it again") from None
 
 
@@ -200,7 +216,11 @@ def _label_values(picture: Image.Image, path: Path) -> np.ndarray:
 def _read_spec(root: Path) -> Spec:
     path = root / "classes.csv"
     if not path.exists():
-        largest = max(_largest_class(path) for path in root.glob("*/labels/*.png"))
+        labels = [p for p in root.glob("*/labels/*") if p.suffix.lower() in LABEL_SUFFIXES]
+        with ThreadPoolExecutor() as pool:  # PIL releases the GIL while it decodes
+            largest, found_in = max(zip(pool.map(_largest_class, labels), labels, strict=True))
+        if largest >= _INVALID:
+            raise UserError(f"{found_in} has the value {largest}: at most {_INVALID} classes, 0..{_INVALID - 1}, fit")
         return Spec(tuple(f"class {i}" for i in range(largest + 1)), distinct_colours(largest + 1))
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
