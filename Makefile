@@ -15,7 +15,7 @@ test: environment  ## the whole test suite, type checker and linter
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto
 
-quicktest: environment  ## tests that neither train nor execute notebooks
+quicktest: environment  ## all but the slow tests
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 smoke: environment  ## every notebook, a few steps per run

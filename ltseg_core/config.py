@@ -148,6 +148,7 @@ class Experiment:
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
+            _plain(f.name, getattr(self, f.name))  # refuses infinity
         for name in ("steps", "batch_size", "checkpoint_every", "lr"):
             self._require(name, getattr(self, name) > 0, "> 0")
         for name in ("weight_decay", "warmup_steps", "encoder_lr_factor", "poly_power", "colour", "unlabelled_weight"):
@@ -319,7 +320,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         elif option is float:
             if isinstance(value, (int, float, str)) and not isinstance(value, bool):  # YAML reads 1e-3 as a string
                 with contextlib.suppress(ValueError, OverflowError):
-                    if math.isfinite(number := float(value)):
+                    if not math.isnan(number := float(value)):
                         return number
         elif isinstance(option, type) and option in (int, str, bool):
             if isinstance(value, option) and not (option is int and isinstance(value, bool)):
@@ -355,8 +356,10 @@ def _plain(name: str, value: Any) -> Any:
         return {key: _plain(f"{name}.{key}", v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(name, v) for v in value]
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be finite, got {value}")
         return int(value) if value.is_integer() else float(value)
     if value is None or isinstance(value, (str, int)):
         return value
-    raise UserError(f"{name} must be a finite number, string, boolean, null, list or mapping, got {value!r}")
+    raise UserError(f"{name} must be a number, string, boolean, null, list or mapping, got {value!r}")

@@ -53,16 +53,29 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
         (["train", "-p", "steps=many"], "steps must be int, got 'many'"),
         (["train", "-p", "steps"], "-p takes name=value, got 'steps'"),
         (["train", "-p", "steps=[1"], "not valid YAML"),
+        (["train", "-p", "a=2020-13-45"], "not valid YAML"),
+        (["train", "-p", "steps.x=3"], "steps must be int, got {'x': 3}"),
+        (["train", "-p", "encoder_weights.x=3"], "encoder_weights must be str or null, got {'x': 3}"),
+        (["train", "-p", "hyper=3", "-p", "hyper.a=1"], "-p hyper.a=1 adds to a mapping, but an earlier -p set hyper"),
+        (["train", "-p", "steps=3", "-p", "Steps=4"], "'steps' is given twice, also as 'Steps'"),
+        (["train", "."], ". cannot be read as an experiment file: Is a directory"),
+        (["train", "picture"], "picture is not valid YAML"),
+        (["train", "e.yaml", "--profile", "quick"], "experiment file e.yaml or --profile quick, not both"),
         (["train", "nowhere.yaml"], "no experiment file at nowhere.yaml"),
         (["train", "--dataset", "camvid"], "no data set 'camvid' at data/camvid: fetch it with `python -m data_prep"),
         (["stats", "camvit"], "unknown data set 'camvit': did you mean 'camvid'?"),
         (["stats", "scenes", "--split", "trian"], "did you mean 'train'"),
+        (["stats", "scenes", "-p", "split=val"], "'split' is no data option"),
+        (["stats", "scenes", "-p", "name=ccp"], "'name' is no data option"),
+        (["stats", "scenes", "-p", "root=."], "'root' is no data option"),
+        (["stats", "scenes", "-p", "imagez=30"], "did you mean 'images'"),
         (["run", "99"], "99"),
         (["run", "--profile", "quik"], "did you mean 'quick'"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_code_2(call, words, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture").write_bytes(b"\x89PNG")
     code, _, err = call(*words)
     assert code == 2
     assert err.startswith("error: ")
@@ -106,7 +119,7 @@ def test_train_prints_the_scores_and_merges_settings(call, folder, tmp_path):
     path.write_text(
         f"dataset: {root}\nsteps: 50\nbatch_size: 2\narchitecture: Linknet\nmethod: blv\nhyper: {{sign: -1}}\n"
     )
-    words = ("train", path, "--steps", "2", "-p", "hyper.sigma=4")
+    words = ("train", path, "-p", "Steps=2", "-p", "hyper.sigma=4")
     code, out, _ = call(*words)
     assert code == 0
     assert "miou" in out
@@ -118,8 +131,9 @@ def test_train_prints_the_scores_and_merges_settings(call, folder, tmp_path):
 
 
 def test_stats_of_a_folder(call, folder):
-    code, out, _ = call("stats", folder(train=3, classes=3))
+    code, out, _ = call("stats", folder(train=3, classes=3), "--split", "Train", "-p", "Images=2")
     assert code == 0
+    assert "pictures, train: 2 images" in out
     assert "imbalance factor" in out
     assert "thing 2" in out
 

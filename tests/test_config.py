@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,19 +11,47 @@ from hypothesis import strategies as st
 
 from ltseg_core.config import PROFILES, Experiment, UserError, check_options, choose, data_root, profile
 
+CHANGED = {
+    "dataset": "camvid", "data_options": {"images": 10}, "size": (32, 48), "architecture": "Unet",
+    "encoder": "resnet18", "encoder_weights": "imagenet", "model_options": {"decoder_channels": 64},
+    "freeze_batch_norm": True, "method": "blv", "hyper": {"sigma": 6}, "steps": 5, "batch_size": 2,
+    "optimizer": "sgd", "lr": 0.5, "encoder_lr_factor": 0.1, "weight_decay": 0.1, "momentum": 0.5,
+    "schedule": "constant", "poly_power": 2, "warmup_steps": 3, "clip_norm": 1, "precision": "bf16", "seed": 1,
+    "scale_range": (1, 1), "crop": (32, 32), "flip": 0, "colour": 0, "ema_decay": 0.9, "labelled_images": 4,
+    "unlabelled_weight": 2, "pseudo_threshold": 0.5, "eval_every": 10, "eval_images": 10, "checkpoint_every": 7,
+}  # fmt: skip
 
-def test_key_depends_on_every_field_and_on_nothing_else():
-    base = Experiment()
-    assert base.key() == Experiment(dataset="scenes", data_options={}).key()
-    others = [
-        Experiment(seed=1), Experiment(hyper={"sigma": 6}), Experiment(crop=(32, 32)), Experiment(encoder_weights="x"),
-        Experiment(data_options={"images": 10}), Experiment(method="blv"), Experiment(lr=0.5),
-    ]  # fmt: skip
-    assert len({base, *others}) == 1 + len(others)
+
+def test_key_depends_on_every_field_that_decides_the_outcome():
+    base = Experiment(ema_decay=0.5)
+    others = [dataclasses.replace(base, **{f.name: CHANGED[f.name]}) for f in dataclasses.fields(Experiment)]
+    same = [e for e in others if e.key() == base.key()]
+    assert [e.checkpoint_every for e in same] == [7]
+    assert same == [base]
+    assert same[0].to_dict()["checkpoint_every"] == 7
+    assert len({base, *others}) == len(others) == len(CHANGED)
+
+
+def test_one_setting_has_one_form():
+    one = Experiment(hyper={"a": 6.0, "b": (1.0, 0.5), "c": {"d": -0.0}}, lr=1, flip=0, size=[32, 48])
+    other = Experiment(hyper={"c": {"d": 0}, "b": [1, 0.5], "a": 6}, lr=1.0, flip=-0.0, size=(32, 48))
+    assert one == other
+    assert one.hyper == other.hyper
+    assert repr(one.hyper) == "{'a': 6, 'b': [1, 0.5], 'c': {'d': 0}}"
+    assert one.key() == other.key()
+    flag = Experiment(hyper={"a": True})  # equal to 1 in Python, another setting
+    assert flag.hyper["a"] is True
+    assert flag != Experiment(hyper={"a": 1})
+    settings = {"a": [1]}
+    copied = Experiment(model_options=settings)
+    settings["a"].append(2)
+    assert copied.model_options == {"a": [1]}
 
 
 def test_key_is_the_same_on_every_machine():
-    # sha256 of the sorted JSON; a change here makes every finished run invisible: raise results.FORMAT instead
+    # sha256 of the sorted JSON; a change here makes every finished run invisible: raise results.FORMAT as well
+    fixed = Experiment(method="blv", hyper={"sigma": 6.0}, size=(180, 240), lr=3e-3, seed=3)
+    assert fixed.key() == "1cc083ea2fecdd28"
     document = json.loads(Experiment(method="ce", seed=3).to_json())
     assert document["seed"] == 3
     assert Experiment(method="ce", seed=3).key() == Experiment.from_dict(dict(reversed(document.items()))).key()
@@ -56,11 +85,26 @@ def test_is_frozen():
     ("values", "message"),
     [
         ({"stepz": 5}, "did you mean 'steps'"),
+        ({"steps": 5, "Steps": 6}, "'steps' is given twice, also as 'Steps'"),
+        ({5: 5}, "unknown experiment field 5"),
+        (["steps"], "an experiment is a mapping"),
         ({"steps": "5"}, "steps must be int, got '5'"),
         ({"steps": 2.5}, "steps must be int"),
         ({"steps": True}, "steps must be int"),
         ({"steps": 0}, "steps must be > 0"),
         ({"lr": float("nan")}, "lr must be float"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
+        ({"lr": "inf"}, "lr must be finite, got inf"),
+        ({"lr": 10**400}, "lr must be float"),
+        ({"clip_norm": float("inf")}, "clip_norm must be finite, got inf"),
+        ({"scale_range": (1, float("inf"))}, "scale_range must be finite"),
+        ({"poly_power": -0.5}, "poly_power must be >= 0, got -0.5"),
+        ({"hyper": {"a": float("inf")}}, "hyper.a must be finite, got inf"),
+        ({"hyper": {"a": [float("nan")]}}, "hyper.a must be finite, got nan"),
+        ({"model_options": {"a": {"b": {1, 2}}}}, "model_options.a.b must be a number, string, .*got {1, 2}"),
+        ({"data_options": {"a": Path("b")}}, "data_options.a must be"),
+        ({"data_options": {1: 2}}, "the names in data_options must be strings, got 1"),
+        ({"data_options": {"split": "val"}}, "'split' is no data option"),
         ({"optimizer": "adam"}, "'sgd' or 'adamw'"),
         ({"size": [3]}, r"size must be \[int, int\] or null"),
         ({"size": [0, 5]}, "size must be"),
@@ -80,11 +124,19 @@ def test_refusals(values, message):
 def test_file_refusals_name_the_file(tmp_path):
     with pytest.raises(UserError, match="no experiment file at"):
         Experiment.from_file(tmp_path / "missing.yaml")
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read as an experiment file: Is a directory"):
+        Experiment.from_file(tmp_path)
     bad = tmp_path / "bad.yaml"
-    for text in ("a: [1", "steps: many", "- 1"):
-        bad.write_text(text)
-        with pytest.raises(UserError, match="bad.yaml"):
+    for content in (b"a: [1", b"steps: many", b"- 1", b"\x89PNG", b"a\0", b"hyper: {a: 2020-13-45}"):
+        bad.write_bytes(content)
+        with pytest.raises(UserError, match="bad.yaml") as refusal:
             Experiment.from_file(bad)
+        assert "\n" not in str(refusal.value)
+
+
+def test_field_names_in_any_case(tmp_path):
+    assert Experiment.from_dict({"Steps": 5, "LR": 1}) == Experiment(steps=5, lr=1)
+    assert profile("quick").experiment(Steps=5) == profile("quick").experiment(steps=5)
 
 
 def test_choose_is_case_insensitive_and_names_the_nearest():
@@ -101,6 +153,9 @@ def test_check_options_sees_keyword_only_parameters():
     given = {"sigma": 1, "shares": [1, "2e-3"]}
     assert check_options("option", given, build, hidden=("secret",)) == {"sigma": 1.0, "shares": [1.0, 0.002]}
     assert check_options("option", {"shares": None}, build) == {"shares": None}
+    assert check_options("option", {"Sigma": 1}, build) == {"sigma": 1.0}
+    with pytest.raises(UserError, match="option 'sigma' is given twice, also as 'SIGMA'"):
+        check_options("option", {"sigma": 1, "SIGMA": 2}, build)
     for wrong in ({"sigma": "a"}, {"sigma": None}, {"shares": 3}, {"shares": ["a"]}):
         with pytest.raises(UserError, match="must be"):
             check_options("option", wrong, build)

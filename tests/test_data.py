@@ -38,6 +38,49 @@ def test_without_class_list_the_largest_value_counts(folder):
     assert data.load(str(root), "train").classes == tuple(f"class {i}" for i in range(7))
 
 
+def test_without_class_list_value_254_is_refused(folder):
+    root = folder(train=2)
+    (root / "classes.csv").unlink()
+    Image.fromarray(np.full((32, 48), 253, np.uint8)).save(root / "train/labels/000.png")
+    assert len(data.load(str(root), "train").classes) == 254
+    Image.fromarray(np.full((32, 48), 254, np.uint8)).save(root / "train/labels/001.png")
+    with pytest.raises(UserError, match=r"labels/001.png has the value 254: at most 254 classes, 0..253, fit"):
+        data.load(str(root), "train")  # a changed label is seen
+
+
+def test_suffixes_in_upper_case(folder):
+    root = folder(train=2, classes=3)
+    before = data.load(str(root), "train")
+    sample, histogram = before[1], before.histogram(1)
+    for path in [*root.glob("train/*/*.png")]:
+        path.rename(path.with_suffix(".PNG"))
+    after = data.load(str(root), "train")
+    assert all(torch.equal(a, b) for a, b in zip(sample, after[1], strict=True))
+    assert after.histogram(1) == histogram
+    (root / "classes.csv").unlink()
+    assert data.load(str(root), "train").classes == ("class 0", "class 1", "class 2")
+
+
+def test_names_of_splits_and_options_in_any_case(folder):
+    root = folder(train=3)
+    loaded = data.load(str(root), "Train", Images=2)
+    assert (loaded.split, len(loaded), loaded[0][0].shape) == ("train", 2, (3, 32, 48))
+    scenes = data.load("Scenes", "VAL", Images=30, Size=[48, 64])
+    assert (scenes.name, scenes.split, len(scenes), scenes[0][1].shape) == ("scenes", "val", 30, (48, 64))
+
+
+def test_errors_of_the_system_are_not_called_corrupt(folder, monkeypatch):
+    loaded = data.load(str(folder(train=1)), "train")
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(UserError, match=r"images/000.png cannot be read \(Permission denied\): mend") as refusal:
+        loaded[0]
+    assert "corrupt" not in str(refusal.value)
+
+
 def test_palette_in_class_list(folder):
     root = folder(train=1, classes=2)
     (root / "classes.csv").write_text("class_index,class_name,red,green,blue\n1,b,4,5,6\n0,a,1,2,3\n")
@@ -79,6 +122,15 @@ def _broken(root, what):
         Image.fromarray(np.full((32, 48), 900, np.uint16)).save(labels / "001.png")
     elif what == "colour label":
         Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(labels / "001.png")
+    elif what == "two images":
+        (images / "001.jpg").touch()
+    elif what == "two labels":
+        (labels / "001.PNG").touch()
+    elif what == "disappears":
+        (labels / "001.png").unlink()
+        (labels / "001.png").symlink_to("nowhere")
+    elif what == "class list of bytes":
+        (root / "classes.csv").write_bytes(b"\xff\xfe")
     elif what == "class list":
         (root / "classes.csv").write_text("class_index,class_name\n0,a\n2,b\n")
     elif what == "class list columns":
@@ -99,6 +151,10 @@ def _broken(root, what):
         ("value", r"labels/001.png has the value 9, which is no class of pictures \(0..3, ignore 255\)"),
         ("sixteen bit", r"labels/001.png has values up to 900"),
         ("colour label", r"labels/001.png has 3 channels \(RGB\)"),
+        ("two images", r"train/images holds both 001.jpg and 001.png: remove or rename one"),
+        ("two labels", r"train/labels holds both 001.PNG and 001.png"),
+        ("disappears", r"labels/001.png has disappeared"),
+        ("class list of bytes", "classes.csv cannot be read"),
         ("class list", "classes.csv cannot be read"),
         ("class list columns", "expected columns class_index, class_name"),
     ],

@@ -838,9 +838,9 @@ def test_helpers():
     [
         ("balanced_sofmax", {}, "unknown loss 'balanced_sofmax'.*'balanced_softmax'"),
         ("blv", {"sgima": 3.0}, "'sgima'.*'sigma'"),
-        ("ce", {"gamma": 2.0}, "'ce' has no hyper-parameters, got gamma"),
+        ("ce", {"gamma": 2.0}, "there is no hyper-parameter of loss 'ce', got gamma"),
         ("focal", {"gamma": -1.0}, "gamma must be >= 0, got -1.0"),
-        ("focal", {"gamma": "2"}, "gamma must be float, got '2'"),
+        ("focal", {"gamma": "two"}, "gamma must be float, got 'two'"),
         ("focal", {"gamma": float("inf")}, "gamma must be >= 0, got inf"),
         ("cb_focal", {"gamma": -1}, "gamma must be >= 0"),
         ("cb", {"beta": 1.0}, r"beta must be in \[0, 1\), got 1.0"),

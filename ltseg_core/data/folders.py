@@ -222,9 +222,9 @@ def _read_spec(root: Path) -> Spec:
         if largest >= _INVALID:
             raise UserError(f"{found_in} has the value {largest}: at most {_INVALID} classes, 0..{_INVALID - 1}, fit")
         return Spec(tuple(f"class {i}" for i in range(largest + 1)), distinct_colours(largest + 1))
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
         rows.sort(key=lambda row: int(row["class_index"]))
         if [int(row["class_index"]) for row in rows] != list(range(len(rows))) or not 2 <= len(rows) <= _INVALID:
             raise ValueError(f"class_index must count 0, 1, 2, ... up to at most {_INVALID - 1}")
