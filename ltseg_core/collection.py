@@ -525,8 +525,10 @@ def _execute(task: Mapping[str, Any]) -> None:
             on_cell_start=count,
             config=Config(KernelManager={"transport": "tcp"}),  # parallel kernels met on one ipc path
         )
+        executed.metadata.papermill["input_path"] = task["path"]  # papermill has put the whole notebook there
         write(out / "html" / f"{name}.html", to_html(executed, Path(task["path"])))
-        os.replace(partial, out / "notebooks" / f"{name}.ipynb")
+        write(out / "notebooks" / f"{name}.ipynb", nbformat.writes(executed))
+        partial.unlink()
         made = [str(p) for p, modified in _modified(figures).items() if before.get(p) != modified]
         save(state="finished", outputs=[f"notebooks/{name}.ipynb", f"html/{name}.html", *made])
     except PapermillExecutionError as error:  # its metadata are no witness: cells that never ran are "completed"
