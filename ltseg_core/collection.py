@@ -540,7 +540,8 @@ def _execute(task: Mapping[str, Any]) -> None:
 
 
 def _modified(folder: Path) -> dict[Path, int]:
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    """Files of a folder and when they changed; not those that are just being written (under a name with a dot)."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("[!.]*") if p.is_file()}
 
 
 def _stop(*_: Any) -> None:

@@ -151,8 +151,7 @@ def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 
 
 def _smaller_png(encoded: str) -> str:
-    """An opaque picture packed tightly, both base64: plots (few shades besides their colours) to 256 colours, photographs
-    without loss."""
+    """An opaque picture packed tightly, both base64: plots (few shades) in 256 colours, photographs without loss."""
     from PIL import Image
 
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
