@@ -500,7 +500,7 @@ def plot_means(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     metrics = pd.Index(dict.fromkeys(table["metric"]))
     _dodged_dots(ax, table.set_index("metric"), metrics)
     ax.set(ylabel="score (%)", xticks=range(len(metrics)))
-    ax.set_xticklabels([METRIC_LABELS.get(m, m) for m in metrics])
+    ax.set_xticklabels([" ".join(METRIC_LABELS.get(word, word) for word in m.split()) for m in metrics])
     ax.set_xlim(-0.5, len(metrics) - 0.5)
     _legend_above(ax)
     return ax
