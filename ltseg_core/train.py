@@ -395,7 +395,7 @@ class Training:
         for step in range(state.step, stop):
             for loss_module in scheduled:
                 loss_module.progress = (step - start) / max(1, stop - start - 1)
-            torch.manual_seed(_mix(e.seed, step, self.rank))  # dropout, noise: a function of the step alone
+            torch.manual_seed(_mix(e.seed, 5, step, self.rank))  # dropout, noise: a function of the step alone
             for group in state.optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(e, step - start, stop - start)
             image, target = augment(self._to_device(next(batches)), self._draw(step, 2, e.colour), e.crop)
@@ -580,8 +580,8 @@ def _optimizer(learner: Learner, e: Experiment) -> torch.optim.Optimizer:
         for inside, factor in ((False, 1.0), (True, e.encoder_lr_factor))
     ]
     if e.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay)
-    return torch.optim.AdamW(groups, lr=e.lr, weight_decay=e.weight_decay)
+        return torch.optim.SGD(groups, lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=e.lr, weight_decay=e.weight_decay, fused=True)
 
 
 def learning_rate_factor(e: Experiment, step: int, steps: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -189,7 +190,8 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The picture at `path`; whatever goes wrong while it is read becomes a UserError that names it."""
     try:
-        with Image.open(path) as picture:
+        # read at once: every small read of PIL's would give up the interpreter lock and queue for it again
+        with Image.open(io.BytesIO(path.read_bytes())) as picture:
             yield picture
     except FileNotFoundError:
         raise UserError(f"{path} has disappeared") from None
