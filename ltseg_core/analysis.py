@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 
 from ltseg_core import metrics, stats
-from ltseg_core.config import UserError
+from ltseg_core.config import UserError, choose
 from ltseg_core.results import Run
 
 Verdict = Literal["supported", "contradicted", "open"]
+Direction = Literal["positive", "negative", "equal"]
 MAY_DIFFER = {"method", "hyper", "seed", "checkpoint_every", "eval_every"}
 """Fields in which compared experiments may differ."""
 PER_CLASS = {"iou": metrics.iou, "acc": metrics.acc}
@@ -63,14 +66,7 @@ def counts_of(runs: Sequence[Run], split: str = "test") -> np.ndarray:
 def group_score(score: Callable[..., Any], groups: Sequence[str], group: str) -> Callable[[Any], Any]:
     """A metric that is the mean of a per-class metric over the classes of one group ("all" takes every class)."""
     chosen = np.flatnonzero([group in ("all", g) for g in groups])
-
-    def mean(counts: Any) -> Any:
-        values = score(counts)[..., chosen]
-        present = ~np.isnan(values)
-        with np.errstate(invalid="ignore"):
-            return np.where(present, values, 0).sum(-1) / present.sum(-1)
-
-    return mean
+    return lambda counts: metrics.nanmean(score(counts)[..., chosen])
 
 
 def _scores(groups: Sequence[str]) -> dict[str, Callable[[Any], Any]]:
@@ -82,67 +78,56 @@ def _scores(groups: Sequence[str]) -> dict[str, Callable[[Any], Any]]:
     return table | {"pixel_acc": metrics.pixel_acc}
 
 
-def means(runs: Iterable[Run], *, split: str = "test", replicates: int = 2000) -> pd.DataFrame:
-    """Scores of every method: method, metric, value, low, high (95 %, images and seeds resampled), seeds."""
+def means(
+    runs: Iterable[Run], *, baseline: str | None = None, split: str = "test", replicates: int = 2000
+) -> pd.DataFrame:
+    """Means of every method, or their paired differences to `baseline`: method, metric, value, low, high, seeds.
+
+    metric: miou, macc, the same by group (`tail iou`), pixel_acc; 95 % intervals as in `metrics.interval`.
+    Raises UserError for runs that cannot be compared (`by_method`), and if there is nothing beside the baseline.
+    """
     rows = []
-    for method, group in by_method(runs).items():
-        counts = metrics.marginals(counts_of(group, split))
+    for method, group, interval in _compared(runs, baseline, split, replicates):
         for name, score in _scores(stats.groups(group[0].counts())).items():
-            rows.append((method, name, *metrics.interval(counts, score, replicates=replicates), len(group)))
+            rows.append((method, name, *interval(score), len(group)))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
 
-def mean_differences(
-    runs: Iterable[Run], *, baseline: str = "ce", split: str = "test", replicates: int = 2000
+def per_class(
+    runs: Iterable[Run], *, baseline: str | None = None, split: str = "test", replicates: int = 2000
 ) -> pd.DataFrame:
-    """Paired differences of every method to the baseline: method, metric, difference, low, high, seeds."""
-    table = by_method(runs)
-    reference = metrics.marginals(counts_of(_baseline(table, baseline), split))
-    rows = []
-    for method, group in table.items():
-        if method == baseline:
-            continue
-        counts = metrics.marginals(counts_of(group, split))
-        for name, score in _scores(stats.groups(group[0].counts())).items():
-            found = metrics.paired_interval(counts, reference, score, replicates=replicates)
-            rows.append((method, name, *found, len(group)))
-    return pd.DataFrame(rows, columns=["method", "metric", "difference", "low", "high", "seeds"])
-
-
-def per_class(runs: Iterable[Run], *, split: str = "test", replicates: int = 2000) -> pd.DataFrame:
-    """IoU and Acc of every class: method, class_id, class, group, train_pixels, metric, value, low, high."""
+    """IoU and Acc of every class, or their paired differences to `baseline`: method, class_id, class, group,
+    train_pixels, metric, value, low, high. Errors as in `means`.
+    """
     frames = []
-    for method, group in by_method(runs).items():
-        counts = metrics.marginals(counts_of(group, split))
+    for method, group, interval in _compared(runs, baseline, split, replicates):
         for name, score in PER_CLASS.items():
-            value, low, high = metrics.interval(counts, score, replicates=replicates)
+            value, low, high = interval(score)
             frames.append(_class_columns(group[0], method, name).assign(value=value, low=low, high=high))
     return pd.concat(frames, ignore_index=True)
 
 
-def class_differences(
-    runs: Iterable[Run], *, baseline: str = "ce", split: str = "test", replicates: int = 2000
-) -> pd.DataFrame:
-    """Paired differences to the baseline of every class: as `per_class`, with difference, low, high."""
+Interval = Callable[[Callable[..., Any]], tuple[Any, Any, Any]]
+
+
+def _compared(
+    runs: Iterable[Run], baseline: str | None, split: str, replicates: int
+) -> Iterator[tuple[str, list[Run], Interval]]:
+    """Each method with its runs and the function that takes a metric to its value, or difference, and interval."""
     table = by_method(runs)
-    reference = metrics.marginals(counts_of(_baseline(table, baseline), split))
-    frames = []
-    for method, group in table.items():
-        if method == baseline:
-            continue
-        counts = metrics.marginals(counts_of(group, split))
-        for name, score in PER_CLASS.items():
-            value, low, high = metrics.paired_interval(counts, reference, score, replicates=replicates)
-            frames.append(_class_columns(group[0], method, name).assign(difference=value, low=low, high=high))
-    if not frames:
-        raise UserError(f"only {baseline!r} was run: there is nothing to compare it with")
-    return pd.concat(frames, ignore_index=True)
-
-
-def _baseline(table: dict[str, list[Run]], baseline: str) -> list[Run]:
+    if baseline is None:
+        for method, group in table.items():
+            counts = metrics.marginals(counts_of(group, split))
+            yield method, group, partial(metrics.interval, counts, replicates=replicates)
+        return
     if baseline not in table:
         raise UserError(f"no runs of the baseline {baseline!r} among {', '.join(table)}")
-    return table[baseline]
+    if len(table) == 1:
+        raise UserError(f"only {baseline!r} was run: there is nothing to compare it with")
+    reference = metrics.marginals(counts_of(table.pop(baseline), split))
+    for method, group in table.items():
+        counts = metrics.marginals(counts_of(group, split))
+        yield method, group, partial(metrics.paired_interval, counts, reference, replicates=replicates)
 
 
 def _class_columns(run: Run, method: str, metric: str) -> pd.DataFrame:
@@ -157,6 +142,13 @@ def _class_columns(run: Run, method: str, metric: str) -> pd.DataFrame:
             "metric": metric,
         }
     )
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `means` as text for a reader, in percent or points: `12.3 [11.0, 13.5]`; a row per method."""
+    text = [f"{100 * v:.1f} [{100 * a:.1f}, {100 * b:.1f}]" for v, a, b in table[["value", "low", "high"]].to_numpy()]
+    wide = table.assign(text=text).pivot(index="method", columns="metric", values="text")
+    return wide.loc[list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["metric"]))]
 
 
 def histories(runs: Iterable[Run], metric: str = "loss") -> pd.DataFrame:
@@ -183,19 +175,118 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)[columns].astype(dict.fromkeys(names, "int64"))
 
 
-def verdict(low: float, high: float, expected: Literal["positive", "negative"], *, margin: float = 0.0) -> Verdict:
+# ----------------------------------------------------------------------------------------------------- claims
+
+
+def published(name: str) -> pd.DataFrame:
+    """A table of one of the papers as printed, one value per row, e.g. `published("rr_table05_lambda")`.
+
+    Raises UserError for another name, naming the nearest one.
+    """
+    folder = files("ltseg_core") / "published"
+    tables = [path.name.removesuffix(".csv") for path in folder.iterdir() if path.name.endswith(".csv")]
+    with (folder / f"{choose('published table', name, sorted(tables))}.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file)
+
+
+def claims() -> pd.DataFrame:
+    """The papers' claims, by ID: statement (in our words), published (their numbers), measure, expected."""
+    return published("claims").set_index("claim")
+
+
+def verdict(low: float, high: float, expected: Direction, *, margin: float = 0.0) -> Verdict:
     """Whether a 95 % interval of a difference supports a claimed direction.
 
-    `supported` if the whole interval lies beyond `margin` on the claimed side, `contradicted` if it lies beyond 0 on
-    the other side, else `open`; NaN limits (a single seed and image) are open.
-    Raises ValueError for limits in the wrong order, another direction or a negative margin.
+    positive, negative: `supported` if the whole interval lies beyond `margin` on the claimed side, `contradicted` if
+           it lies beyond 0 on the other side
+    equal: `supported` if it lies within -margin and margin, `contradicted` if it lies outside
+    Otherwise `open`; so are NaN limits (a single seed and image).
+    Raises ValueError for limits in the wrong order, another direction, a negative margin, and `equal` without one.
     """
     if low > high or margin < 0:
         raise ValueError(f"expected low <= high and margin >= 0, got [{low}, {high}] and {margin}")
-    if expected not in ("positive", "negative"):
-        raise ValueError(f"expected must be 'positive' or 'negative', got {expected!r}")
+    if expected not in get_args(Direction):
+        raise ValueError(f"expected must be 'positive', 'negative' or 'equal', got {expected!r}")
+    if expected == "equal":
+        if not margin:
+            raise ValueError("expected='equal' needs a margin > 0 within which a difference counts as none")
+        if -margin < low and high < margin:
+            return "supported"
+        return "contradicted" if low > margin or high < -margin else "open"
     if expected == "negative":
         low, high = -high, -low
     if low > margin:
         return "supported"
     return "contradicted" if high < 0 else "open"
+
+
+def overall(verdicts: Iterable[Verdict]) -> Verdict:
+    """Verdict on a claim with several parts: supported if all are, contradicted if one is, else open."""
+    found = set(verdicts)
+    return "contradicted" if "contradicted" in found else "supported" if found == {"supported"} else "open"
+
+
+class Comparison(NamedTuple):
+    """One testable part of a claim: the paired difference of a mean between two methods has an expected sign.
+
+    metric: one of `means`, or the difference of two, e.g. "tail iou - head iou";  margin: a fraction, see `verdict`
+    """
+
+    method: str
+    baseline: str = "ce"
+    metric: str = "miou"
+    expected: Direction = "positive"
+    margin: float = 0.0
+
+
+def judge(
+    runs: Iterable[Run],
+    tests: Mapping[str, Sequence[Comparison] | str],
+    *,
+    split: str = "test",
+    replicates: int = 2000,
+) -> pd.DataFrame:
+    """The verdict on each claim, indexed by its ID: statement, published, found (points), verdict.
+
+    tests: the comparisons a claim consists of, or a sentence that says what is missing to test it. Methods are
+    compared on the seeds they share. A claim stays open where a method was not run, or with a single seed.
+    Raises UserError for an unknown claim or metric.
+    """
+    runs, known, rows = list(runs), claims(), []
+    for claim, parts in tests.items():
+        claim = choose("claim", claim, known.index)
+        results: list[tuple[str, Verdict]]
+        if isinstance(parts, str):
+            results = [(parts, "open")]
+        else:
+            results = [_test(runs, part, split, replicates) for part in parts]
+        found = "; ".join(text for text, _ in results)
+        rows.append((claim, *known.loc[claim, ["statement", "published"]], found, overall(v for _, v in results)))
+    return pd.DataFrame(rows, columns=["claim", "statement", "published", "found", "verdict"]).set_index("claim")
+
+
+def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) -> tuple[str, Verdict]:
+    """What a comparison finds, in words, and its verdict."""
+    both = [{run.experiment.seed: run for run in runs if label(run) == m} for m in (part.method, part.baseline)]
+    what = f"{part.metric} of {part.method} against {part.baseline}"
+    if seeds := sorted(both[0].keys() & both[1].keys()):
+        table = by_method([group[seed] for group in both for seed in seeds])
+    else:
+        return f"{what}: not run here", "open"
+    scores = _scores(stats.groups(both[0][seeds[0]].counts()))
+    terms = [scores.get(term) for term in part.metric.split(" - ")]
+    if missing := [term for term, score in zip(part.metric.split(" - "), terms, strict=True) if score is None]:
+        if missing[0].split()[0] in stats.GROUPS:
+            return f"{what}: no class of that group here", "open"
+        choose("metric", missing[0], scores)
+    first, *rest = [score for score in terms if score]
+
+    def score(counts: Any) -> Any:
+        return first(counts) - sum(term(counts) for term in rest)
+
+    own, other = (metrics.marginals(counts_of(table[m], split)) for m in (part.method, part.baseline))
+    value, low, high = metrics.paired_interval(own, other, score, replicates=replicates)
+    text = f"{what}: {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if len(seeds) == 1:
+        return f"{text} (one seed)", "open"
+    return text, verdict(low, high, part.expected, margin=part.margin)

@@ -89,7 +89,8 @@ class Experiment:
     encoder_weights: str | None = None
     """None (random), the name or path of a local safetensors file, or a hub name such as `imagenet`."""
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the architecture, e.g. {"decoder_channels": 64}."""
+    """Further keyword arguments of the architecture, e.g. {"decoder_channels": 64}, and of `models.build_model`:
+    auxiliary, classifier ("cosine"), scale, learn_scale."""
     freeze_batch_norm: bool = False
     """Keep batch-norm statistics and affine parameters as they are (small batches, several CPU processes)."""
 
@@ -219,11 +220,15 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Profile:
-    """A named setting of the whole collection: what it is for, the seeds, and the experiments' common fields."""
+    """A named setting of the whole collection: what it is for, the seeds, and the experiments' common fields.
+
+    ablation_seeds: seeds of the arms that only an ablation needs; few where a laptop has to train them all
+    """
 
     name: str
     purpose: str
     seeds: tuple[int, ...]
+    ablation_seeds: tuple[int, ...]
     settings: Mapping[str, Any]
 
     def experiment(self, **changes: Any) -> Experiment:
@@ -260,36 +265,42 @@ PROFILES = {
             "smoke",
             "embedded scenes, a few steps per run: does every notebook execute?",
             (0, 1),
+            (0,),
             _SMALL | {"data_options": {"images": 48}, "steps": 6, "eval_images": 24, "warmup_steps": 0},
         ),
         Profile(
             "quick",
             "embedded scenes, nothing to download: every effect on a laptop's CPU",
             (0, 1, 2),
+            (0,),
             _SMALL | {"steps": 300},
         ),
         Profile(
             "camvid_cpu",
             "CamVid at 180x240, a pretrained encoder, minutes per run on a CPU",
             (0, 1, 2),
+            (0,),
             _PRETRAINED | _REDUCED | {"dataset": "camvid", "size": (180, 240)},
         ),
         Profile(
             "camvid",
             "CamVid at full size: the real study, one GPU",
             (0, 1, 2, 3, 4),
+            (0, 1, 2),
             _PRETRAINED | _GPU | {"dataset": "camvid", "steps": 3000, "eval_every": 500},
         ),
         Profile(
             "ccp_cpu",
             "Clothing Co-Parsing at 208x136, a pretrained encoder, minutes per run on a CPU",
             (0, 1, 2),
+            (0,),
             _PRETRAINED | _REDUCED | {"dataset": "ccp", "size": (208, 136)},
         ),
         Profile(
             "ccp",
             "Clothing Co-Parsing at full size, one GPU",
             (0, 1, 2, 3, 4),
+            (0, 1, 2),
             _PRETRAINED | _GPU | {"dataset": "ccp", "steps": 6000, "eval_every": 1000},
         ),
     )

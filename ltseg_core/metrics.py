@@ -73,12 +73,12 @@ def dice(counts: Array | Marginals) -> Array:
 
 def miou(counts: Array | Marginals) -> Array:
     """Mean IoU over the classes that occur in target or prediction, (...)."""
-    return _nanmean(iou(counts))
+    return nanmean(iou(counts))
 
 
 def macc(counts: Array | Marginals) -> Array:
     """Mean class accuracy over the classes that occur in the target, (...)."""
-    return _nanmean(acc(counts))
+    return nanmean(acc(counts))
 
 
 def pixel_acc(counts: Array | Marginals) -> Array:
@@ -99,7 +99,7 @@ def dice_error(counts: Array | Marginals) -> Array:
 
     PAT does not define its error. Differs: counted over the whole set with no epsilon, absent classes left out.
     """
-    return 1 - _nanmean(dice(counts))
+    return 1 - nanmean(dice(counts))
 
 
 METRICS: dict[str, Callable[[Array | Marginals], Array]] = {
@@ -128,7 +128,7 @@ def uniform_test(counts: Array) -> Array:
 
 def class_mean(per_class: Array) -> ClassMean:
     """Mean of (C,) scores without the NaN, and the number of classes averaged."""
-    return ClassMean(float(_nanmean(per_class)), int((per_class == per_class).sum()))
+    return ClassMean(float(nanmean(per_class)), int((per_class == per_class).sum()))
 
 
 def group_means(per_class: Array, groups: Sequence[str]) -> dict[str, ClassMean]:
@@ -307,11 +307,11 @@ def _scores(
     m: (3, S, N, C);  images: (R, N)
     """
     replicated = metric(Marginals(*np.matmul(images, m)))  # (S, R, [C])
-    return metric(Marginals(*m.sum(2))), _nanmean(np.moveaxis(replicated, 0, -1))
+    return metric(Marginals(*m.sum(2))), nanmean(np.moveaxis(replicated, 0, -1))
 
 
 def _with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
-    value = _nanmean(np.moveaxis(scores, 0, -1))
+    value = nanmean(np.moveaxis(scores, 0, -1))
     low, high = percentile_interval(samples, confidence)
     _, seeds_low, seeds_high = seed_interval(scores, confidence=confidence)
     half = np.nan_to_num((seeds_high - seeds_low) / 2)
@@ -333,7 +333,7 @@ def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) 
     if x.ndim == 0 or not len(x):
         raise ValueError(f"expected at least one value per seed, got shape {x.shape}")
     present = ~np.isnan(x)
-    n, mean = present.sum(0), _nanmean(np.moveaxis(x, 0, -1))
+    n, mean = present.sum(0), nanmean(np.moveaxis(x, 0, -1))
     squares = np.where(present, (x - mean) ** 2, 0).sum(0)
     half = np.where(n > 1, t.ppf((1 + confidence) / 2, np.maximum(n - 1, 1)), np.nan) * np.sqrt(
         squares / np.maximum(n - 1, 1) / np.maximum(n, 1)
@@ -373,7 +373,7 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
         return numerator / denominator
 
 
-def _nanmean(values: Array) -> Array:
+def nanmean(values: Array) -> Array:
     """Mean over the last axis without NaN; NaN if nothing is left."""
     present = values == values
     return _ratio(_zero_nan(values).sum(-1), present.sum(-1))

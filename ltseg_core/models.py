@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ltseg_core.config import UserError, choose, data_root
+from ltseg_core.config import UserError, canonical, check_options, choose, data_root
+from ltseg_core.losses import _require
 from ltseg_core.networks import NETWORKS, OCRDecoder, any_image_size, auxiliary_head
 
 ARCHITECTURES = (
@@ -24,6 +27,7 @@ ARCHITECTURES = (
 )  # fmt: skip
 AUXILIARY_WEIGHT = 0.4
 """Weight of the auxiliary loss in the papers."""
+COSINE_OPTIONS = ("scale", "learn_scale")
 
 Scaling = tuple[tuple[float, float, float], tuple[float, float, float]]
 """(mean, std) of each colour channel, for RGB in [0, 1]."""
@@ -50,6 +54,39 @@ class Output(NamedTuple):
     auxiliary: Tensor | None = None
 
 
+class CosineClassifier(nn.Module):
+    """z_k = s w_k.x / (|w_k| |x|), a 1x1 convolution (Gidaris & Komodakis, CVPR 2018). (B, D, h, w) -> (B, C, h, w)
+
+    scale: s, fixed, or the start of a learned one; 16 to 30 are usual. A zero feature has the logits 0.
+    Raises UserError for a scale <= 0.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
+        super().__init__()
+        _require("scale", scale, scale > 0, "> 0")
+        self.in_channels, self.out_channels, self.initial_scale = in_channels, out_channels, scale
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
+        self.scale = nn.Parameter(torch.empty(()), requires_grad=learn_scale)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.constant_(self.scale, self.initial_scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * F.conv2d(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+
+def reinitialise(classifier: Any) -> None:
+    """Draw new weights in place: those of a convolution as segmentation_models_pytorch draws its heads'."""
+    if isinstance(classifier, nn.Conv2d):
+        nn.init.xavier_uniform_(classifier.weight)
+        if classifier.bias is not None:
+            nn.init.zeros_(classifier.bias)
+    else:
+        classifier.reset_parameters()
+
+
 class SegmentationNetwork(nn.Module):
     """A segmentation_models_pytorch model, or one of NETWORKS, cut into encoder, decoder and classifier.
 
@@ -60,12 +97,19 @@ class SegmentationNetwork(nn.Module):
     auxiliary_weight: what the criterion should multiply the cross-entropy of Output.auxiliary with; 0 for none. They
     are the logits of an FCN head on the encoder's last map but one (stage 3 of a whole ResNet; the library's PSPNet
     cuts it shorter), or the soft object regions of OCR. Nothing of the head is computed in evaluation mode.
+    classifier: (D, C) -> the module to use in place of the model's own classifier
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any, scaling: Scaling = IMAGENET, auxiliary_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        scaling: Scaling = IMAGENET,
+        auxiliary_weight: float = 0.0,
+        classifier: Callable[[int, int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.encoder: Any = model.encoder
         self.decoder: Any = model.decoder
@@ -81,6 +125,8 @@ class SegmentationNetwork(nn.Module):
             )
         else:  # Conv2d, upsampling, activation
             self.neck, self.classifier, self.stride = nn.Identity(), head[0], self.encoder.output_stride
+        if classifier is not None:
+            self.classifier = classifier(self.classifier.in_channels, self.classifier.out_channels)
         self.register_buffer("mean", torch.tensor(scaling[0]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(scaling[1]).view(1, 3, 1, 1))
         self.auxiliary_weight = auxiliary_weight
@@ -101,6 +147,16 @@ class SegmentationNetwork(nn.Module):
         """The encoder's maps -> (B, D, h, w)."""
         return self.neck(self.decoder(*maps) if self.is_dpt else self.decoder(maps))
 
+    def decode_with_auxiliary(self, maps: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`decode`, and the auxiliary logits (B, C, H, W) of the image: None without a head and in evaluation mode."""
+        if not self.training or not self.auxiliary_weight:
+            return self.decode(maps), None
+        if self.auxiliary is None:
+            features, auxiliary = self.decoder.with_regions(maps)
+        else:
+            features, auxiliary = self.decode(maps), self.auxiliary(maps[-2])
+        return features, self.resize(auxiliary, image)
+
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D, h, w); h, w belong to the padded image."""
         return self.decode(self.encode(image))
@@ -114,15 +170,7 @@ class SegmentationNetwork(nn.Module):
         return logits[..., :height, :width]
 
     def forward(self, image: Tensor) -> Output:
-        maps, auxiliary = self.encode(image), None
-        if not self.training or not self.auxiliary_weight:
-            features = self.decode(maps)
-        elif self.auxiliary is None:
-            features, auxiliary = self.decoder.with_regions(maps)
-        else:
-            features, auxiliary = self.decode(maps), self.auxiliary(maps[-2])
-        if auxiliary is not None:
-            auxiliary = self.resize(auxiliary, image)
+        features, auxiliary = self.decode_with_auxiliary(self.encode(image), image)
         return Output(features, self.resize(self.classifier(features), image), auxiliary)
 
 
@@ -134,6 +182,7 @@ def build_model(
     weights: str | None = None,
     root: str | os.PathLike[str] | None = None,
     auxiliary: bool | float | None = None,
+    classifier: str = "linear",
     **options: Any,
 ) -> SegmentationNetwork:
     """A network of segmentation_models_pytorch, or one of NETWORKS, with `classes` output channels.
@@ -145,6 +194,8 @@ def build_model(
     auxiliary:    weight of the auxiliary head (see SegmentationNetwork), True for AUXILIARY_WEIGHT; by default only
                   OCR has one, as its regions are meaningless unsupervised. The other parameters start the same with
                   and without it.
+    classifier:   "linear", the architecture's last convolution, or "cosine", a CosineClassifier in its place, which
+                  takes the further options `scale` and `learn_scale`
     options:      further keyword arguments of the architecture
     Raises UserError for unknown names or options, combinations the library refuses, and unusable weights.
     """
@@ -169,8 +220,9 @@ def build_model(
         "aux_params",
         "kwargs",
     }
-    valid = {*inspect.signature(builder).parameters, "auxiliary"} - fixed
-    options = {choose(f"option of {architecture}", name, valid): value for name, value in options.items()}
+    valid = {*inspect.signature(builder).parameters, "auxiliary", "classifier", *COSINE_OPTIONS} - fixed
+    options = canonical(f"option of {architecture}", options, valid)
+    own_classifier = _classifier(options.pop("classifier", classifier), options)
     auxiliary_weight = _auxiliary_weight(architecture, options.pop("auxiliary", auxiliary))
     file, scaling = _weight_file(weights, encoder, root)
     hub = weights if file is None else None
@@ -195,7 +247,17 @@ def build_model(
         scaling = (tuple(found["mean"]), tuple(found["std"]))
     if file is not None:
         load_encoder(model.encoder, file)
-    return SegmentationNetwork(model, scaling, auxiliary_weight)
+    return SegmentationNetwork(model, scaling, auxiliary_weight, own_classifier)
+
+
+def _classifier(kind: str, options: dict[str, Any]) -> Callable[[int, int], nn.Module] | None:
+    """What makes a classifier of this kind, None for the architecture's own; takes its options out of `options`."""
+    own = {name: options.pop(name) for name in COSINE_OPTIONS if name in options}
+    if choose("classifier", kind, ("linear", "cosine")) == "cosine":
+        return partial(CosineClassifier, **check_options("option of the classifier", own, CosineClassifier))
+    if own:
+        raise UserError(f"{', '.join(own)}: an option of the cosine classifier only, so add classifier: cosine")
+    return None
 
 
 def _auxiliary_weight(architecture: str, auxiliary: bool | float | None) -> float:

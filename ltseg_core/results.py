@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ltseg_core import metrics, stats
@@ -70,12 +72,20 @@ class Run:
                 raise UserError(f"{self.path} has no confusion counts of split {split!r}, only {', '.join(file)}")
             return file[split]
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained network's parameters and buffers. Raises UserError if their file is damaged."""
+        path = self.path / "model.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is damaged ({error}): delete {self.path} and run again") from None
+
     def network(self) -> torch.nn.Module:
         """The trained network in evaluation mode, on the CPU."""
         e = self.experiment
         plain = build_model(e.architecture, e.encoder, len(self.classes), **e.model_options)
         network = build_method(e.method, plain, self.counts(), e.hyper)[-1].network
-        network.load_state_dict(load_file(self.path / "model.safetensors"))
+        network.load_state_dict(self.weights())
         return network.eval()
 
     def value(self, metric: str, split: str = "test", group: str = "all") -> float:
@@ -107,6 +117,18 @@ def find(experiment: Experiment, runs: str | os.PathLike[str] | None = None) -> 
             " it, then run again"
         )
     return Run(path, Experiment.from_dict(stored["experiment"]))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What goes wrong while a run is written to the runs folder `folder` becomes a UserError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+        raise UserError(
+            f"cannot write the run to {folder} ({error}): free disk space, mend the permissions or choose another"
+            " folder with --runs or LTSEG_RUNS; what was finished is kept"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,15 +6,13 @@ import copy
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import platform
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from concurrent.futures import as_completed
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +21,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltseg_core import __version__, data, evaluate, metrics, results, stats
+from ltseg_core import __version__, data, evaluate, metrics, parallel, results, stats
 from ltseg_core.config import IGNORE_INDEX, Experiment, UserError, check_options, choose
 from ltseg_core.data.base import Resized, SegmentationDataset, Subset
 from ltseg_core.data.batches import (
@@ -98,83 +96,53 @@ def fit(
     }
     start_from = fit(replace(experiment, method=method.first, hyper={}), **place) if method.first else None
 
-    def train() -> None:
-        Training(experiment, final.with_suffix(".partial"), data_root, tracker, workers, progress).run(start_from)
-
-    try:
+    with results.writing(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # `accelerate launch`: one run, several processes
-            train()
-        else:
-            with FileLock(final.with_suffix(".lock")):
-                if results.find(experiment, runs) is None:
-                    train()
-    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
-        raise UserError(
-            f"cannot write the run to {final.parent} ({error}): free disk space, mend the permissions or choose"
-            " another folder with --runs or LTSEG_RUNS; what was finished is kept"
-        ) from error
+        lock: AbstractContextManager[object] = (
+            nullcontext() if _launched() else FileLock(final.with_suffix(".lock")).acquire()
+        )
+    with lock:
+        if results.find(experiment, runs) is None:
+            training = Training(experiment, final.with_suffix(".partial"), data_root, tracker, workers, progress)
+            training.run(start_from)
     return Run(final, experiment)
+
+
+def _launched() -> bool:
+    """Whether several processes train each run together, as `accelerate launch` starts them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **place: Any) -> list[Run]:
     """`fit` every experiment and return the runs in order.
 
     jobs: processes that train side by side (default: one on a GPU, else one per core: small networks train faster
-    next to each other than on several threads each). Notebooks that run at the same time share the cores: no more
-    trainings run at once than there are. place: keyword arguments of `fit`
+    next to each other than on several threads each). Notebooks that run at the same time share the cores: together
+    their trainings have no more threads than there are cores. Processes of one `accelerate launch` train each run
+    together, so one after the other. place: keyword arguments of `fit`
     """
-    missing = [e for e in dict.fromkeys(experiments) if results.find(e, place.get("runs")) is None]
+    wanted = () if _launched() else dict.fromkeys(experiments)
+    missing = [e for e in wanted if results.find(e, place.get("runs")) is None]
     jobs = min(len(missing), jobs or (1 if torch.cuda.is_available() else stats.cores()))
     if jobs > 1:
-        threads = max(1, stats.cores() // jobs)
-        with _pool(jobs, threads) as pool:
-            futures = [pool.submit(_fit_on_free_cores, e, threads, place | {"progress": False}) for e in missing]
+        with parallel.pool(jobs, max(1, stats.cores() // jobs)) as pool:
+            futures = [pool.submit(_fit_on_free_cores, e, place | {"progress": False}) for e in missing]
             bar = tqdm(total=len(futures), unit="run", disable=_quiet(place.get("progress", True)))
             for done in as_completed(futures):
                 done.result()
                 bar.update()
             bar.close()
+    else:
+        for e in missing:
+            _fit_on_free_cores(e, place)
     return [fit(e, **place) for e in experiments]
 
 
-def _fit_on_free_cores(experiment: Experiment, threads: int, place: dict[str, Any]) -> None:
-    """`fit`, as soon as fewer than cores / threads trainings run in processes that share the runs folder."""
-    folder = results.runs_folder(place.get("runs"))
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        for slot in range(max(1, stats.cores() // threads)):
-            with suppress(Timeout), FileLock(folder / f".core{slot}x{threads}.lock", timeout=0):
-                fit(experiment, **place)
-                return
-        time.sleep(0.2)
-
-
-@contextmanager
-def _pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,))
-    try:
-        yield pool
-    except BaseException:
-        for process in list(pool._processes.values()):
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _start_worker(threads: int) -> None:
-    """Set the threads, and end with the parent, even one that was killed."""
-    torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def _fit_on_free_cores(experiment: Experiment, place: dict[str, Any]) -> None:
+    """`fit` on as many cores as it has threads; on a GPU one is enough to drive it."""
+    threads = 1 if torch.cuda.is_available() else min(torch.get_num_threads(), stats.cores())
+    with parallel.take_cores(results.runs_folder(place.get("runs")), threads):
+        fit(experiment, **place)
 
 
 def _quiet(progress: bool) -> bool:
@@ -209,6 +177,8 @@ class State:
     """(steps,) float32 on the device: the loss of every step so far, NaN for steps to come."""
     evaluations: list[dict[str, float]]
     step: int
+    seconds: float = 0.0
+    """Spent on the run, by all sessions, when the state was saved."""
 
     def save(self, path: Path) -> None:
         """Write a safetensors file in one step; nothing in it is pickled."""
@@ -218,7 +188,7 @@ class State:
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in slots.items() if v is not None}
         stored = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-        meta = {"format": results.FORMAT, "stage": self.stage, "step": self.step, "evaluations": self.evaluations}
+        meta = {"format": results.FORMAT} | {k: getattr(self, k) for k in ("stage", "step", "evaluations", "seconds")}
         text = {k: json.dumps(v) for k, v in meta.items()}
         results.write_atomically(path, lambda temporary: save_file(stored, temporary, text))
 
@@ -226,7 +196,9 @@ class State:
         """Read what `save` wrote. Raises UserError if the file is damaged or does not fit."""
         with _readable(path), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            self.step, self.evaluations = (json.loads(file.metadata()[k]) for k in ("step", "evaluations"))
+            meta = {k: json.loads(v) for k, v in file.metadata().items()}
+            self.step, self.evaluations = meta["step"], meta["evaluations"]
+            self.seconds = meta.get("seconds", 0.0)  # older checkpoints lack it
             self.learner.load_state_dict(_below("learner.", tensors))
             if self.teacher is not None:
                 self.teacher.load_state_dict(_below("teacher.", tensors))
@@ -243,7 +215,7 @@ class State:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"the checkpoint {path} is truncated or from another version ({error}): delete it and run again, this run"
             " then starts from its first step; finished runs are not touched"
@@ -291,7 +263,8 @@ class Training:
             raise UserError(
                 f"batch_size {experiment.batch_size} cannot be shared by {self.world} processes: choose a multiple"
             )
-        folder.mkdir(exist_ok=True)
+        with self.writing():
+            folder.mkdir(exist_ok=True)
         if tracker:
             settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in experiment.to_dict().items()}
             self.accelerator.init_trackers("ltseg", settings)
@@ -303,23 +276,28 @@ class Training:
             disable=_quiet(progress) or not self.main,
         )
 
+    def writing(self) -> AbstractContextManager[None]:
+        return results.writing(self.folder.parent)
+
     def log(self, text: str) -> None:
         if self.main:
-            with (self.folder / "log.txt").open("a") as file:
+            with self.writing(), (self.folder / "log.txt").open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def run(self, start_from: Run | None) -> None:
         """Train all stages, evaluate, and publish the run directory. start_from: the run whose weights to take."""
-        started, e = time.time(), self.e
+        self.started, e = time.monotonic(), self.e
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.log(f"experiment {e.key()} {json.dumps(e.to_dict())}")
         whole = data.load(e.dataset, "train", self.data_root, **e.data_options)
         self.labelled, self.unlabelled = _shares(e, len(whole))
-        counts = stats.count_classes(Subset(whole, self.labelled) if self.unlabelled else whole)
+        self.train_set = in_memory_if_small(Resized(whole, e.size, resize_labels=True) if e.size else whole)
+        source = whole if e.size else self.train_set  # labels are counted at their own size
+        self.labelled_set = Subset(source, self.labelled) if self.unlabelled else source
+        counts = stats.count_classes(self.labelled_set)
         if not counts.pixels.any():
             raise UserError(f"the training labels of {e.dataset} are all ignored: there is nothing to learn from")
-        self.train_set = in_memory_if_small(Resized(whole, e.size, resize_labels=True) if e.size else whole)
         self.test_sets = {
             split: in_memory_if_small(evaluation_set(e, split, self.data_root))
             for split in data.splits(e.dataset, self.data_root)
@@ -335,7 +313,7 @@ class Training:
             **e.model_options,
         )  # fmt: skip
         if start_from is not None:
-            network.load_state_dict(load_file(start_from.path / "model.safetensors"))
+            network.load_state_dict(start_from.weights())
             self.log(f"starts from the run {start_from.experiment.key()} ({start_from.experiment.method})")
         stages = build_method(e.method, network, counts, e.hyper)
         checkpoint = self.folder / CHECKPOINT
@@ -353,6 +331,7 @@ class Training:
             state = self._begin(stage, number, start, loss, evaluations)
             if resumed:
                 state.load(checkpoint)
+                self.started -= state.seconds
                 self.log(f"resumed at step {state.step}")
             self._train(state, stage, start, stop)
             loss, evaluations = state.loss, state.evaluations
@@ -362,7 +341,8 @@ class Training:
         confusion = {split: self._confusion(final, test_set) for split, test_set in self.test_sets.items()}
         self.bar.close()
         if self.main:
-            self._store(final, loss, evaluations, confusion, whole.classes, counts, started)
+            with self.writing():
+                self._store(final, loss, evaluations, confusion, whole.classes, counts)
         self.accelerator.wait_for_everyone()
 
     def _begin(self, stage: Stage, number: int, start: int, loss: Tensor, evaluations: list[dict[str, float]]) -> State:
@@ -380,9 +360,9 @@ class Training:
         e, learner = self.e, state.learner
         ddp = self.accelerator.prepare(learner) if self.world > 1 else learner
         span = {"start": state.step, "stop": stop, "rank": self.rank, "world": self.world}
-        batches = iter(
-            loader(self.train_set, BatchOrder(self.labelled, e.batch_size, e.seed, **span), workers=self.workers)
-        )
+        weights = stage.sampling(stats.class_presence(self.labelled_set)) if stage.sampling is not None else None
+        order = BatchOrder(self.labelled, e.batch_size, e.seed, weights=weights, **span)
+        batches = iter(loader(self.train_set, order, workers=self.workers))
         others = None
         if self.unlabelled:
             order = BatchOrder(self.unlabelled, e.batch_size, e.seed + 1, **span)
@@ -431,7 +411,9 @@ class Training:
         self.log(f"step {step} " + " ".join(f"{k} {v:.5g}" for k, v in values.items()))
         self.accelerator.log(values, step=step)
         if save and self.main:
-            state.save(self.folder / CHECKPOINT)
+            state.seconds = time.monotonic() - self.started
+            with self.writing():
+                state.save(self.folder / CHECKPOINT)
 
     def _share_buffers(self, network: nn.Module) -> None:
         """Give every process the first one's batch-norm statistics: each has seen its own slice of the batches."""
@@ -495,7 +477,6 @@ class Training:
         confusion: dict[str, np.ndarray],
         classes: Sequence[str],
         counts: stats.ClassCounts,
-        started: float,
     ) -> None:
         e, folder = self.e, self.folder
         steps = np.arange(1, self.steps + 1)
@@ -514,7 +495,7 @@ class Training:
         save_file(state, folder / "model.safetensors")
         environment = describe_environment(self.device) | {
             "processes": self.world,
-            "wall_s": time.time() - started,
+            "wall_s": time.monotonic() - self.started,
         }
         (folder / "environment.json").write_text(json.dumps(environment, indent=1))
         stored = {"format": results.FORMAT, "experiment": e.to_dict()}

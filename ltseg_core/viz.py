@@ -90,6 +90,7 @@ METHOD_LABELS = {
     "ncm": "NCM",
     "undersampling": "under-sampling",
     "balanced_bound": "balanced bound",
+    "repeat_factor": "repeat-factor sampling",
 }
 """Append only: the place of a method in this list is its colour, marker, line and hatch in every notebook."""
 METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pixel_acc": "pixel Acc"}
@@ -115,12 +116,13 @@ def method_style(name: str) -> MethodStyle:
     known = list(METHOD_LABELS)
     place = known.index(name) if name in known else len(known) + zlib.crc32(name.encode()) % 840
     hue, shade = place % len(_HUES), place // len(_HUES)
+    method, *hyper = name.split(" ")
     return MethodStyle(
         _shaded(_HUES[hue], (0.0, 0.45, -0.4, 0.68)[shade % 4]),
         _MARKERS[place % len(_MARKERS)],
         _LINES[place % len(_LINES)],
         _HATCHES[place % len(_HATCHES)],
-        METHOD_LABELS.get(name, name),
+        " ".join([METHOD_LABELS.get(method, method), *hyper]),
     )
 
 
@@ -511,10 +513,10 @@ def plot_deltas(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
     """Change of each class's score, bars by falling training pixels with intervals; a row per method, a column
     per metric. A bar is full where its interval leaves out 0, pale where it does not (or there is none).
 
-    table: method, class_id, class, group, train_pixels, metric ("iou" or "acc"), difference, low, high (fractions)
+    table: method, class_id, class, group, train_pixels, metric ("iou" or "acc"), value, low, high (fractions)
     Returns the axes, (methods, metrics).
     """
-    _columns(table, "method", "class_id", "class", "group", "train_pixels", "metric", "difference", "low", "high")
+    _columns(table, "method", "class_id", "class", "group", "train_pixels", "metric", "value", "low", "high")
     methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
     axes = _panels(axes, (len(methods), len(metrics)), height=1.9)
     classes = _by_frequency(table)
@@ -526,7 +528,7 @@ def plot_deltas(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
         sure = (rows["low"] > 0) | (rows["high"] < 0)
         faces = [look.colour if s else _shaded(look.colour, 0.7) for s in sure]
         many = len(x) > 40
-        ax.bar(x, rows["difference"], color=faces, edgecolor=look.colour, linewidth=0 if many else 0.6, width=0.8)
+        ax.bar(x, rows["value"], color=faces, edgecolor=look.colour, linewidth=0 if many else 0.6, width=0.8)
         ax.vlines(x, rows["low"], rows["high"], color="0.5" if many else "0.15", linewidth=0.5 if many else 0.9)
         ax.axhline(0, color="0.15", linewidth=0.8)
         ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}" if value else "0")
@@ -537,6 +539,74 @@ def plot_deltas(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
         row[0].set_ylabel("points")
     for column in axes.T:
         _class_axis(column, classes)
+    return axes
+
+
+@_styled
+def plot_differences(table: pd.DataFrame, axes: np.ndarray | None = None, *, baseline: str = "ce") -> np.ndarray:
+    """Difference of each method to the baseline as a dot with its interval, a row per method, a panel per metric.
+
+    table: method, metric, value, low, high (fractions, e.g. `analysis.means(runs, baseline="ce")`), optionally seeds
+    (a hollow dot where there is one) and published (the paper's difference, a fraction, drawn as a cross; NaN none).
+    Returns the axes, (metrics,).
+    """
+    _columns(table, "method", "metric", "value", "low", "high")
+    methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
+    if axes is None:
+        axes = subplots(1, len(metrics), height=1.1 + 0.24 * len(methods), share_y=True)[1]
+    axes = np.asarray(axes).reshape(-1)
+    if len(axes) != len(metrics):
+        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    for ax, metric in zip(axes, metrics, strict=True):
+        rows = table[table["metric"] == metric].set_index("method").reindex(methods)
+        ax.axvline(0, color="0.15", linewidth=0.8)
+        for y, (method, row) in enumerate(rows.iterrows()):
+            look = method_style(str(method))
+            fill = "none" if row.get("seeds", 2) == 1 else look.colour
+            ax.hlines(y, row["low"], row["high"], color=look.colour, linewidth=1.4)
+            ax.plot(row["value"], y, marker=look.marker, color=look.colour, markerfacecolor=fill, linestyle="")
+            if not np.isnan(row.get("published", np.nan)):
+                ax.plot(row["published"], y, marker="x", color="0.15", markersize=5, linestyle="")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}" if value else "0")
+        ax.set_title(f"Δ{' '.join(METRIC_LABELS.get(word, word) for word in metric.split())}")
+        ax.set_xlabel("points")
+        ax.grid(axis="x")
+    axes[0].set_yticks(range(len(methods)), [method_style(m).label for m in methods])
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    axes[0].set_ylabel(f"against {method_style(baseline).label}")
+    notes = ["× published"] if "published" in table and table["published"].notna().any() else []
+    notes += (
+        ["hollow: one seed, the interval covers images only"] if (table.get("seeds", pd.Series([2])) == 1).any() else []
+    )
+    if notes:
+        axes[0].figure.supxlabel("; ".join(notes), fontsize=8)
+    return axes
+
+
+@_styled
+def plot_sweep(table: pd.DataFrame, parameter: str, axes: np.ndarray | None = None) -> np.ndarray:
+    """Scores over the values of one hyper-parameter, with intervals, a panel per metric.
+
+    table: a numeric column named `parameter`, metric, value, low, high (fractions), optionally published (a fraction,
+    dashed). Returns the axes, (metrics,).
+    """
+    _columns(table, parameter, "metric", "value", "low", "high")
+    metrics = list(dict.fromkeys(table["metric"]))
+    axes = (subplots(1, len(metrics))[1] if axes is None else np.asarray(axes)).reshape(-1)
+    if len(axes) != len(metrics):
+        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    for ax, metric in zip(axes, metrics, strict=True):
+        rows = table[table["metric"] == metric].sort_values(parameter)
+        x = rows[parameter].to_numpy()
+        ax.plot(x, rows["value"], marker="o", color=_HUES[0], label="here")
+        ax.vlines(x, rows["low"], rows["high"], color=_HUES[0], linewidth=1.4)
+        if "published" in rows and rows["published"].notna().any():
+            shown = rows.dropna(subset="published")
+            ax.plot(shown[parameter], shown["published"], "x--", color="0.15", label="published")
+            ax.legend()
+        ax.yaxis.set_major_formatter(_percent)
+        ax.set(xlabel=parameter, ylabel=f"{' '.join(METRIC_LABELS.get(w, w) for w in metric.split())} (%)")
+        ax.grid()
     return axes
 
 

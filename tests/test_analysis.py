@@ -64,18 +64,18 @@ def test_means_are_the_mean_over_seeds_of_the_metric(runs):
 
 
 def test_differences_are_paired_and_their_own_direction(runs):
-    by_class = analysis.class_differences(runs, replicates=200)
+    by_class = analysis.per_class(runs, baseline="ce", replicates=200)
     assert set(by_class["method"]) == {"blv sigma=4"}
     sign = by_class[(by_class["class"] == "sign") & (by_class["metric"] == "acc")].iloc[0]
     assert (sign["group"], sign["train_pixels"]) == ("tail", 500)
     a, b = (metrics.acc(confusions(s, x).sum(0))[2] for s in (0,) for x in (40, 0))
     assert a > b
     assert sign["low"] > 0
-    means = analysis.mean_differences(runs, replicates=200).set_index("metric")
-    assert means.loc["miou", "difference"] == pytest.approx(
+    means = analysis.means(runs, baseline="ce", replicates=200).set_index("metric")
+    assert means.loc["miou", "value"] == pytest.approx(
         np.mean([metrics.miou(confusions(s, 40).sum(0)) - metrics.miou(confusions(s).sum(0)) for s in range(3)])
     )
-    swapped = analysis.mean_differences(runs, baseline="blv sigma=4", replicates=200).set_index("metric")
+    swapped = analysis.means(runs, baseline="blv sigma=4", replicates=200).set_index("metric")
     assert swapped.loc["miou", "high"] == pytest.approx(-means.loc["miou", "low"])
 
 
@@ -112,9 +112,9 @@ def test_other_refusals(make_run, runs):
     with pytest.raises(UserError, match="no runs to compare"):
         analysis.means([])
     with pytest.raises(UserError, match="no runs of the baseline 'focal'"):
-        analysis.class_differences(runs, baseline="focal")
+        analysis.per_class(runs, baseline="focal")
     with pytest.raises(UserError, match="nothing to compare it with"):
-        analysis.class_differences(runs[:3])
+        analysis.means(runs[:3], baseline="ce")
     with pytest.raises(UserError, match="several runs of one seed"):
         analysis.by_method([runs[0], make_run(confusions(4), seed=0, steps=9)])
     with pytest.raises(UserError, match="no confusion counts of split 'val', only test"):
@@ -157,6 +157,74 @@ def test_verdict_rule():
     assert analysis.verdict(0.1, 0.2, "positive", margin=0.15) == "open"
     assert analysis.verdict(0.0, 0.2, "positive") == "open"
     assert analysis.verdict(np.nan, np.nan, "positive") == "open"
-    for arguments in ((0.3, 0.2, "positive"), (0.1, 0.2, "up")):
+    assert analysis.verdict(-0.1, 0.1, "equal", margin=0.2) == "supported"
+    assert analysis.verdict(-0.1, 0.3, "equal", margin=0.2) == "open"
+    assert analysis.verdict(0.3, 0.4, "equal", margin=0.2) == "contradicted"
+    assert analysis.verdict(-0.4, -0.3, "equal", margin=0.2) == "contradicted"
+    assert analysis.verdict(np.nan, np.nan, "equal", margin=0.2) == "open"
+    for arguments in ((0.3, 0.2, "positive"), (0.1, 0.2, "up"), (0.1, 0.2, "equal")):
         with pytest.raises(ValueError, match="expected"):
             analysis.verdict(*arguments)
+
+
+def test_a_claim_of_several_parts():
+    assert analysis.overall(["supported", "supported"]) == "supported"
+    assert analysis.overall(["supported", "open"]) == "open"
+    assert analysis.overall(["supported", "open", "contradicted"]) == "contradicted"
+
+
+def test_judged_claims(runs, make_run):
+    better = analysis.Comparison("blv sigma=4", metric="tail acc")
+    more = analysis.Comparison("blv sigma=4", metric="tail acc - head acc")
+    single = [make_run(confusions(0, better=40), seed=0, method="pat")]
+    table = analysis.judge(
+        runs + single,
+        {
+            "BLV-01": [better],
+            "BLV-02": [better, more],
+            "BLV-03x": [better._replace(expected="negative"), better],
+            "PAT-02": [analysis.Comparison("pat", metric="tail acc")],
+            "MED-03": [analysis.Comparison("medoe")],
+            "BLV-04": "needs a semi-supervised run",
+            "DIS-02": [better._replace(metric="body acc")],
+        },
+        replicates=200,
+    )
+    verdicts = {"BLV-01": "supported", "BLV-02": "supported", "BLV-03x": "contradicted"}
+    assert table["verdict"].to_dict() == verdicts | dict.fromkeys(["PAT-02", "MED-03", "BLV-04", "DIS-02"], "open")
+    assert table.loc["BLV-01", "statement"].startswith("BLV improves fully supervised mIoU")
+    assert "one seed" in table.loc["PAT-02", "found"]
+    assert "not run here" in table.loc["MED-03", "found"]
+    assert table.loc["BLV-04", "found"] == "needs a semi-supervised run"
+    assert "no class of that group" in table.loc["DIS-02", "found"]
+    expected = [
+        np.mean([f(metrics.acc(confusions(s, 40).sum(0))) - f(metrics.acc(confusions(s).sum(0))) for s in range(3)])
+        for f in (lambda a: a[2], lambda a: a[2] - a[:2].mean())
+    ]
+    for value, text in zip(expected, table.loc["BLV-02", "found"].split("; "), strict=True):
+        assert f": {100 * value:+.1f} [" in text
+    with pytest.raises(UserError, match="unknown claim 'BLV-99'"):
+        analysis.judge(runs, {"BLV-99": [better]})
+    with pytest.raises(UserError, match="unknown metric 'mio': did you mean 'miou'"):
+        analysis.judge(runs, {"BLV-01": [better._replace(metric="mio")]})
+
+
+def test_published_tables_are_carried_whole():
+    table = analysis.published("rr_table05_lambda")
+    assert table.set_index("lambda")["value"].to_dict() == {0.0: 43.95, 0.1: 44.61, 0.2: 44.85, 0.3: 45.02, 0.4: 44.64}
+    with pytest.raises(UserError, match="did you mean 'rr_table05_lambda'"):
+        analysis.published("rr_table05_lamda")
+    claims = analysis.claims()
+    assert claims.index.is_unique
+    assert not claims.isna().any(axis=None)
+    assert claims.index.str.split("-").str[0].value_counts().to_dict() == {
+        "RR": 26, "BLV": 27, "PAT": 20, "MED": 27, "DIS": 20, "X": 6,
+    }  # fmt: skip
+
+
+def test_readable_tables(runs):
+    text = analysis.readable(analysis.means(runs, replicates=50))
+    row = analysis.means(runs, replicates=50).set_index(["method", "metric"]).loc[("ce", "miou")]
+    value, low, high = (round(100 * row[c], 1) for c in ("value", "low", "high"))
+    assert text.loc["ce", "miou"] == f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    assert list(text.index) == ["ce", "blv sigma=4"]

@@ -6,6 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ltseg_core import data
+from ltseg_core.data import batches
+from ltseg_core.data.base import Subset
 from ltseg_core.data.batches import Batch, BatchOrder, Draw, augment, collate, draw, generator, recolour
 
 
@@ -131,6 +134,39 @@ def test_order_can_start_anywhere_and_be_shared():
     assert list(BatchOrder(range(10), 4, 1, start=0, stop=9)) != whole
 
 
+WEIGHTS = torch.tensor([1.0, 4.0, 0.0, 2.5, 1.0], dtype=torch.float64)
+
+
+def test_weighted_order_draws_in_proportion_to_the_weights():
+    indices, steps, batch_size = [10, 11, 12, 13, 14], 1500, 4
+    order = BatchOrder(indices, batch_size, 3, start=0, stop=steps, weights=WEIGHTS)
+    assert len(order) == steps
+    drawn = np.bincount([i - 10 for batch in order for i in batch], minlength=5)
+    n, share = steps * batch_size, (WEIGHTS / WEIGHTS.sum()).numpy()
+    assert drawn.sum() == n
+    assert drawn[2] == 0
+    assert (np.abs(drawn - n * share) <= 4 * np.sqrt(n * share * (1 - share))).all()
+    assert max(len(batch) - len(set(batch)) for batch in order) > 0  # with replacement
+
+
+def test_weighted_order_can_start_anywhere_and_be_shared():
+    def order(seed=0, **span):
+        return list(BatchOrder(range(5), 4, seed, **{"start": 0, "stop": 9} | span, weights=WEIGHTS))
+
+    whole = order()
+    assert order(start=5) == whole[5:]
+    assert order(stop=20)[:9] == whole  # a function of the step, not of what comes after
+    assert [a + b for a, b in zip(order(rank=0, world=2), order(rank=1, world=2), strict=True)] == whole
+    assert order(1) != whole
+    assert list(BatchOrder(range(5), 4, 0, start=0, stop=9, weights=8 * WEIGHTS)) == whole  # only their ratios count
+    assert len({tuple(batch) for batch in whole}) > 5
+
+
+def test_weights_must_match_the_images():
+    with pytest.raises(ValueError, match=r"expected weights of shape \(3,\), got \(5,\)"):
+        BatchOrder(range(3), 2, 0, start=0, stop=1, weights=WEIGHTS)
+
+
 @pytest.mark.parametrize("crop", [None, (7, 9)])
 def test_zoom_matches_pil_on_smooth_images(crop):
     from PIL import Image
@@ -144,3 +180,20 @@ def test_zoom_matches_pil_on_smooth_images(crop):
     h, w = ours.shape[-2:]
     # inside: at the border PIL repeats edge pixels, grid_sample mixes in the black outside
     assert np.abs(ours[0, 0, 2:, 2:].numpy() * 255 - other[2:h, 2:w]).max() < 1.01
+
+
+def test_what_was_drawn_once_is_kept_as_long_as_the_data_set():
+    import gc
+
+    first, again = (data.load("scenes", "val", images=8, size=[48, 64]) for _ in range(2))
+    assert first is again
+    assert first is not data.load("scenes", "val", images=8, size=[48, 64], seed=1)
+    held = batches.in_memory_if_small(first)
+    assert batches.in_memory_if_small(again) is held
+    assert torch.equal(held[3][0], first[3][0])
+    short = Subset(first, [0, 1])
+    batches.in_memory_if_small(short)
+    before = len(batches._IN_MEMORY)
+    del short
+    gc.collect()
+    assert len(batches._IN_MEMORY) == before - 1

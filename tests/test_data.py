@@ -69,14 +69,12 @@ def test_names_of_splits_and_options_in_any_case(folder):
     assert (scenes.name, scenes.split, len(scenes), scenes[0][1].shape) == ("scenes", "val", 30, (48, 64))
 
 
-def test_errors_of_the_system_are_not_called_corrupt(folder, monkeypatch):
-    loaded = data.load(str(folder(train=1)), "train")
-
-    def refused(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Image, "open", refused)
-    with pytest.raises(UserError, match=r"images/000.png cannot be read \(Permission denied\): mend") as refusal:
+def test_errors_of_the_system_are_not_called_corrupt(folder):
+    root = folder(train=1)
+    loaded = data.load(str(root), "train")
+    (root / "train/images/000.png").unlink()
+    (root / "train/images/000.png").mkdir()
+    with pytest.raises(UserError, match=r"images/000.png cannot be read \(Is a directory\): mend") as refusal:
         loaded[0]
     assert "corrupt" not in str(refusal.value)
 
@@ -108,6 +106,10 @@ def _broken(root, what):
             path.unlink()
     elif what == "no labels folder":
         shutil.rmtree(labels)
+    elif what in ("labels are a file", "images are a file"):
+        where = labels if what == "labels are a file" else images
+        shutil.rmtree(where)
+        where.touch()
     elif what == "size":
         Image.fromarray(np.zeros((8, 9), np.uint8)).save(labels / "001.png")
     elif what == "truncated label":
@@ -135,6 +137,13 @@ def _broken(root, what):
         (root / "classes.csv").write_text("class_index,class_name\n0,a\n2,b\n")
     elif what == "class list columns":
         (root / "classes.csv").write_text("id,name\n0,a\n1,b\n")
+    elif what == "class list is a folder":
+        (root / "classes.csv").unlink()
+        (root / "classes.csv").mkdir()
+    elif what == "endless class name":
+        (root / "classes.csv").write_text(f"class_index,class_name\n0,{'a' * 200_000}\n1,b\n")
+    elif what in ("256", "-1"):
+        (root / "classes.csv").write_text(f"class_index,class_name,red,green,blue\n0,a,0,0,255\n1,b,4,{what},6\n")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +152,9 @@ def _broken(root, what):
         ("no label", r"no label for '001' in .*train/labels"),
         ("no image", r"no image for '001' in .*train/images"),
         ("empty", r"split 'train' is empty: no images in .*train/images"),
-        ("no labels folder", "no labels/ folder"),
+        ("no labels folder", r"train/labels cannot be listed \(No such file or directory\): expected readable folders"),
+        ("labels are a file", r"train/labels cannot be listed \(Not a directory\): expected readable folders"),
+        ("images are a file", r"train/images cannot be listed \(Not a directory\): expected readable folders"),
         ("size", r"'001'.* differ in size .*: 32x48 and 8x9"),
         ("truncated label", r"labels/001.png cannot be decoded .*truncated or corrupt"),
         ("truncated image", r"images/001.png cannot be decoded .*truncated or corrupt"),
@@ -157,6 +168,10 @@ def _broken(root, what):
         ("class list of bytes", "classes.csv cannot be read"),
         ("class list", "classes.csv cannot be read"),
         ("class list columns", "expected columns class_index, class_name"),
+        ("class list is a folder", r"classes.csv cannot be read \(IsADirectoryError"),
+        ("endless class name", r"classes.csv cannot be read .*field limit"),
+        ("256", r"classes.csv cannot be read .*\(4, 256, 6\) of class_index 1 is not within 0..255"),
+        ("-1", r"classes.csv cannot be read .*\(4, -1, 6\) of class_index 1 is not within 0..255"),
     ],
 )
 def test_refusals_say_what_where_and_what_to_do(folder, what, message):

@@ -9,8 +9,8 @@ from torch import nn
 
 from ltseg_core.config import UserError
 from ltseg_core.losses import cross_entropy
-from ltseg_core.methods.disalign import CalibratedNetwork, CosineClassifier, disalign, use_cosine_classifier
-from ltseg_core.models import Output
+from ltseg_core.methods.disalign import CalibratedNetwork, disalign
+from ltseg_core.models import CosineClassifier, Output
 
 CONFIDENCES = ("linear", "conv_bn_relu", "scalar", "constant")
 
@@ -255,28 +255,10 @@ def test_posthoc_logit_adjustment_is_a_special_case():
     assert torch.equal(network.calibrate(z, x), z - 1.5 * COUNTS.pixel_share().log().view(-1, 1, 1))
 
 
-# --- cosine classifier -------------------------------------------------------------------------------------
-
-
-def test_cosine_classifier_is_the_cosine_of_each_position():
-    classifier = CosineClassifier(D, C, scale=20.0).double()
-    _, x = inputs()
-    expected = 20 * nn.functional.cosine_similarity(x.unsqueeze(1), classifier.weight.unsqueeze(0), dim=2)
-    torch.testing.assert_close(classifier(x), expected)
-    torch.testing.assert_close(classifier(7 * x), expected)
-    assert torch.equal(classifier(torch.zeros_like(x)), torch.zeros_like(expected))
-
-
-@pytest.mark.parametrize("learn_scale", [False, True])
-def test_a_cosine_classifier_serves_as_base(learn_scale):
-    network = use_cosine_classifier(tiny_network(kernel=3), scale=10.0, learn_scale=learn_scale)
-    assert network.feature_channels == D
-    assert network.classifier.scale.requires_grad is learn_scale
-    image, target = batch()
-    output = network(image)
-    assert output.logits.shape == (2, C, *target.shape[1:])
-    cross_entropy(output.logits, target).backward()
-    assert (network.classifier.scale.grad is not None) is learn_scale
+def test_a_cosine_classifier_serves_as_base():
+    network = tiny_network(kernel=3)
+    network.classifier = CosineClassifier(D, C, scale=10.0)
+    image, _ = batch()
     plain = network.eval()(image).logits
     (stage,) = disalign(network, COUNTS)
     assert torch.equal(stage.network.eval()(image).logits, plain)
@@ -287,9 +269,10 @@ def test_a_cosine_classifier_serves_as_base(learn_scale):
     [
         ({"rho": -0.1}, "rho must be >= 0, got -0.1"),
         ({"rho": math.nan}, "rho"),
-        ({"form": "eq7"}, "unknown form 'eq7'"),
-        ({"confidence": "liner"}, "did you mean 'linear'"),
-        ({"frozen": "stric"}, "did you mean 'strict'"),
+        ({"form": "eq7"}, "form must be 'eq5' or 'eq6' or 'eq6_code', got 'eq7'"),
+        ({"confidence": "liner"}, "confidence must be 'linear' or .*, got 'liner'"),
+        ({"frozen": "STRICT"}, "frozen must be 'strict' or 'code', got 'STRICT'"),
+        ({"froze": "strict"}, "did you mean 'frozen'"),
         ({"magnitude": False, "margin": False}, "magnitude and margin are both false"),
         ({"normalisation": "mean"}, "normalisation"),
         ({"prior": "pixels"}, "prior"),
@@ -298,5 +281,12 @@ def test_a_cosine_classifier_serves_as_base(learn_scale):
 def test_refusals(options, message):
     with pytest.raises(UserError, match=message):
         disalign(tiny_network(), COUNTS, **options)
-    with pytest.raises(UserError, match=r"scale must be > 0, got 0"):
-        CosineClassifier(D, C, scale=0.0)
+
+
+def test_the_calibrated_network_refuses_unknown_names():
+    for options, message in (
+        ({"form": "eq7"}, "unknown form 'eq7'"),
+        ({"confidence": "liner"}, "did you mean 'linear'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CalibratedNetwork(tiny_network(), **options)

@@ -42,14 +42,15 @@ GROUP = torch.tensor([1, 0, 2, 1, 0, 2])
 
 
 class Encoder(nn.Module):
-    output_stride = 4
+    output_stride, out_channels = 4, (3, 6, 6)
 
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 6, 3, 4, 1), nn.BatchNorm2d(6)
 
     def forward(self, x):
-        return [x, self.norm(self.conv(x))]
+        y = self.conv(x)
+        return [x, y, self.norm(y)]
 
 
 class Decoder(nn.Module):
@@ -336,6 +337,91 @@ def test_expert_1_is_not_disturbed_by_the_others():
     assert torch.equal(plain.encoder.conv.weight, base.encoder.conv.weight)
 
 
+# --- auxiliary heads ---
+
+
+def with_auxiliary(seed=0):
+    torch.manual_seed(seed)
+    return SegmentationNetwork(Model(), auxiliary_weight=0.4)
+
+
+def gradients_of(build_network, options, method="medoe"):
+    stage = build_method(method, build_network(), COUNTS, options)[0]
+    torch.manual_seed(7)  # dropout of the auxiliary head
+    return gradients(stage)
+
+
+def base_of(found):
+    return {name.removeprefix("experts.").removeprefix("base."): g for name, g in found.items() if "others" not in name}
+
+
+def test_one_expert_with_auxiliary_head_is_plain_cross_entropy_with_it():
+    plain = train(build_method("ce", with_auxiliary(), COUNTS, {})[0]).network
+    single = train(build(with_auxiliary(), COUNTS, shares=(), alpha=0.0, ensemble="head")[0]).network.experts.base
+    without = train(build_method("ce", network(), COUNTS, {})[0]).network
+    pairs = zip(plain.state_dict().items(), single.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), b in pairs)
+    assert not torch.equal(plain.encoder.conv.weight, without.encoder.conv.weight)
+
+
+@pytest.mark.parametrize("share", ["encoder", "decoder", "nothing"])
+def test_the_auxiliary_loss_reaches_the_encoder_through_expert_1_only(share):
+    options = {"share": share, "alpha": 0.0}
+    found = gradients_of(with_auxiliary, options)
+    plain = gradients_of(with_auxiliary, {}, "ce")
+    without = gradients_of(network, {}, "ce")
+    assert plain.keys() == base_of(found).keys()
+    for name, gradient in base_of(found).items():  # expert 1 is plain cross-entropy with its auxiliary head
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-7)
+    assert plain["auxiliary.2.weight"].any()
+    assert not torch.allclose(plain["encoder.conv.weight"], without["encoder.conv.weight"], rtol=1e-3)
+    assert not any("auxiliary" in name for name in found if "others" in name)
+    assert any("others" in name for name in found)
+
+
+def test_the_auxiliary_loss_is_that_of_the_pixels_of_expert_1():
+    z, y = logits()
+    (auxiliary,), _ = logits(seed=5, k=1)
+    for sets in ("overlap", "disjoint"):
+        labels = label_sets(GROUP, sets)
+        criterion = ExpertCriterion(labels, COUNTS, alpha=0.2, auxiliary_weight=0.3)
+        plain = ExpertOutput(z[0], z[0], tuple(z))
+        extra = criterion(plain._replace(auxiliary=auxiliary), y) - criterion(plain, y)
+        expected = 0.3 * cross_entropy(auxiliary, expert_target(y, labels[0]))
+        assert extra.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_experts_of_a_network_with_object_regions():
+    from ltseg_core.models import build_model
+
+    base = build_model("OCR", "tu-mobilenetv3_small_050", C, ocr_channels=16, ocr_key_channels=8)
+    stages = build(base, COUNTS, cuts=(2,))
+    image, target = images()
+    start(stages[0])
+    output = stages[0].network(image)
+    assert output.auxiliary.shape == output.logits.shape
+    regions = base.decoder.regions[1].weight
+    (gradient,) = torch.autograd.grad(0.4 * cross_entropy(output.auxiliary, target), regions, retain_graph=True)
+    (through_attention,) = torch.autograd.grad(cross_entropy(output.logits, target), regions, retain_graph=True)
+    stages[0].criterion(output, target).backward()
+    assert gradient.any()
+    assert not torch.allclose(regions.grad, through_attention, rtol=1e-3)
+    start(stages[1])
+    assert stages[1].network(image).auxiliary is None
+    with torch.no_grad():
+        assert stages[1].network.eval()(image).logits.isfinite().all()
+
+
+def test_experts_with_a_cosine_classifier_start_with_their_own_weights():
+    from ltseg_core.models import CosineClassifier
+
+    base = network()
+    base.classifier = CosineClassifier(5, C)
+    first, second = (expert.classifier.weight for expert in Experts(base, 3).others)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, base.classifier.weight)
+
+
 @pytest.mark.parametrize("share", ["encoder", "decoder", "nothing"])
 @pytest.mark.parametrize("ensemble", [*LEARNED, *RULES])
 def test_stages_train_what_they_should(ensemble, share):
@@ -500,22 +586,23 @@ def test_oracle_of_equal_experts_is_the_network_and_restriction_only_helps():
         ({"cuts": (2, 5)}, r"expert 3 would have no classes: cuts=\(2, 5\) put \[2, 3, 0\]"),
         ({"shares": (0.001, 0.01)}, "shares must fall strictly"),
         ({"shares": (1.0,)}, "shares must fall strictly"),
-        ({"shares": (math.nan,)}, "shares must fall strictly"),
+        ({"shares": (math.nan,)}, "shares must be float, got nan"),
         ({"cuts": (4, 2)}, r"cuts must rise strictly between 0 and 6 classes, got \(4, 2\)"),
         ({"cuts": (0,)}, "cuts must rise strictly"),
         ({"cuts": (6,)}, "cuts must rise strictly"),
-        ({"cuts": (1.5,)}, "cuts must rise strictly"),
-        ({"sets": "overlapp"}, "did you mean 'overlap'"),
-        ({"share": "encoders"}, "did you mean 'encoder'"),
-        ({"shared_gradient": "none"}, "unknown shared_gradient"),
-        ({"ensemble": "moe"}, "unknown ensemble 'moe'"),
-        ({"l2": "sum"}, "unknown l2"),
-        ({"l2_pixels": "all"}, "unknown l2_pixels"),
-        ({"kl": "mean"}, "unknown kl"),
+        ({"cuts": (1.5,)}, "cuts must be int, got 1.5"),
+        ({"set": "overlap"}, "did you mean 'sets'"),
+        ({"sets": "overlapp"}, "sets must be 'overlap' or .*, got 'overlapp'"),
+        ({"share": "encoders"}, "share must be 'encoder' or .*, got 'encoders'"),
+        ({"shared_gradient": "none"}, "shared_gradient must be 'head' or 'all', got 'none'"),
+        ({"ensemble": "moe"}, "ensemble must be 'moe_mean' or .* or 'average' or .*, got 'moe'"),
+        ({"l2": "sum"}, "l2 must be 'pixel' or 'class' or 'none', got 'sum'"),
+        ({"l2_pixels": "all"}, "l2_pixels must be 'valid' or 'own', got 'all'"),
+        ({"kl": "mean"}, "kl must be 'batch' or 'pixel' or 'none', got 'mean'"),
         ({"alpha": -1.0}, "alpha must be >= 0, got -1.0"),
         ({"alpha": math.inf}, "alpha must be >= 0, got inf"),
         ({"ensemble_share": 1.0}, r"ensemble_share must be in \(0, 1\), got 1.0"),
-        ({"initial_weight": math.nan}, "initial_weight must be finite"),
+        ({"initial_weight": math.inf}, "initial_weight must be finite"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
         ({"share": "nothing", "shared_gradient": "all"}, "whole networks share no part"),
         ({"l2": "none", "kl": "none"}, "leave nothing for alpha=0.2 to weigh"),
@@ -524,6 +611,19 @@ def test_oracle_of_equal_experts_is_the_network_and_restriction_only_helps():
 def test_refusals(options, message):
     with pytest.raises(UserError, match=message):
         build(network(), COUNTS, **options)
+
+
+def test_parts_refuse_unknown_names_and_numbers():
+    with pytest.raises(UserError, match="did you mean 'overlap'"):
+        label_sets(GROUP, "overlapp")
+    with pytest.raises(UserError, match="unknown rule"):
+        SimpleEnsemble(label_sets(GROUP), "mean")
+    with pytest.raises(UserError, match="did you mean 'moe_mean'"):
+        LearnedEnsemble(3, C, "moe_men")
+    with pytest.raises(UserError, match="shares must fall strictly"):
+        class_groups(COUNTS, shares=(math.nan,))
+    with pytest.raises(UserError, match="cuts must rise strictly"):
+        class_groups(COUNTS, cuts=(1.5,))
 
 
 def test_a_network_of_the_library():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from ltseg_core.config import UserError
-from ltseg_core.models import ARCHITECTURES, IMAGENET, build_model
+from ltseg_core.models import ARCHITECTURES, IMAGENET, CosineClassifier, build_model, reinitialise
 
 SMALL = "tu-mobilenetv3_small_050"
 
@@ -160,6 +160,61 @@ def test_auxiliary_weight(architecture, auxiliary, weight):
     assert (network(torch.rand(2, 3, 32, 32)).auxiliary is None) == (weight == 0)
 
 
+# --- classifiers ---
+
+
+def test_cosine_classifier_is_the_cosine_of_each_position():
+    torch.manual_seed(0)
+    classifier, x = CosineClassifier(6, 4, scale=20.0).double(), torch.randn(2, 6, 3, 5).double()
+    expected = 20 * F.cosine_similarity(x.unsqueeze(1), classifier.weight.unsqueeze(0), dim=2)
+    torch.testing.assert_close(classifier(x), expected)
+    torch.testing.assert_close(classifier(7 * x), expected)
+    assert torch.equal(classifier(torch.zeros_like(x)), torch.zeros_like(expected))
+    with pytest.raises(UserError, match=r"scale must be > 0, got 0"):
+        CosineClassifier(6, 4, scale=0.0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder"), [("Unet", SMALL), ("OCR", SMALL), ("DPT", "tu-vit_tiny_patch16_224")]
+)
+def test_a_cosine_classifier_takes_the_place_of_the_linear_one(architecture, encoder):
+    networks = []
+    for classifier in ("linear", "cosine"):
+        torch.manual_seed(0)
+        networks.append(build_model(architecture, encoder, 5, classifier=classifier).eval())
+    linear, cosine = networks
+    assert (cosine.classifier.scale.item(), cosine.classifier.scale.requires_grad) == (16, False)
+    assert cosine.feature_channels == linear.feature_channels
+    image = torch.rand(1, 3, 50, 70)
+    with torch.no_grad():
+        features, logits, _ = cosine(image)
+        assert torch.equal(features, linear(image).features)  # all before it starts the same
+        low = 16 * F.cosine_similarity(features.unsqueeze(1), cosine.classifier.weight.unsqueeze(0), dim=2)
+        torch.testing.assert_close(logits, cosine.resize(low, image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_options_of_the_cosine_classifier(learn):
+    network = build_model("FPN", SMALL, 3, auxiliary=True, Classifier="Cosine", scale=25, learn_scale=learn)
+    assert network.classifier.scale.item() == 25
+    output = network.train()(torch.rand(2, 3, 32, 32))
+    assert output.auxiliary is not None
+    output.logits.square().sum().backward()
+    assert (network.classifier.scale.grad is not None) is learn
+
+
+def test_new_weights_for_either_classifier():
+    for classifier in (torch.nn.Conv2d(6, 4, 3), CosineClassifier(6, 4, scale=10.0, learn_scale=True)):
+        for parameter in classifier.parameters():
+            torch.nn.init.constant_(parameter, 99.0)
+        torch.manual_seed(0)
+        reinitialise(classifier)
+        torch.manual_seed(0)
+        assert torch.equal(classifier.weight, torch.nn.init.xavier_uniform_(torch.empty_like(classifier.weight)))
+        rest = getattr(classifier, "bias", None), getattr(classifier, "scale", None)
+        assert [x.unique().item() for x in rest if x is not None] == ([0] if rest[1] is None else [10])
+
+
 def test_option_names_have_any_case():
     assert build_model("FPN", SMALL, 3, Decoder_Segmentation_Channels=64).feature_channels == 64
 
@@ -200,6 +255,11 @@ def test_weights_from_any_safetensors_file(tmp_path):
         ({"architecture": "PSPNetDilated", "bins": 3}, "did you mean 'psp_bins'"),
         ({"architecture": "SegNet", "encoder_name": "vgg11"}, "unknown option of SegNet"),
         ({"auxilary": True}, "did you mean 'auxiliary'"),
+        ({"classifier": "cosin"}, "unknown classifier 'cosin': did you mean 'cosine'"),
+        ({"scale": 20}, "scale: an option of the cosine classifier only"),
+        ({"classifier": "cosine", "scale": -1.0}, "scale must be > 0, got -1"),
+        ({"classifier": "cosine", "scale": "large"}, "scale must be float, got 'large'"),
+        ({"classifier": "cosine", "Scale": 2, "scale": 3}, "'scale' is given twice"),
         ({"auxiliary": -0.4}, "finite weight >= 0, not -0.4"),
         ({"auxiliary": float("nan")}, "finite weight >= 0, not nan"),
         ({"auxiliary": "yes"}, "finite weight >= 0, not 'yes'"),

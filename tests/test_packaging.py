@@ -21,7 +21,19 @@ import ltseg_core
 ROOT = Path(__file__).resolve().parents[1]
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base", "dask": "dask-core"}
 # A module imports only from rows above its own.
-ROWS = ["config", "data", "stats", "metrics", "losses", "networks", "models", "methods", "evaluate", "results"]
+ROWS = [
+    "config",
+    "data",
+    "stats",
+    "metrics",
+    "losses",
+    "networks",
+    "models",
+    "methods",
+    "evaluate",
+    "results",
+    "parallel",
+]
 ROWS += ["train", "analysis", "viz", "notebook", "collection", "cli"]
 PLATFORMS = [
     {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.7", "sys_platform": system, "os_name": name}

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ltseg_core import metrics, results
+from ltseg_core.config import UserError
 from ltseg_core.stats import ClassCounts
 
 COUNTS = ClassCounts(torch.tensor([90_000, 9_950, 50]), torch.tensor([10, 9, 2]))  # head, head, tail
@@ -67,6 +68,15 @@ def test_publish_moves_everything_but_left_over_temporaries(tmp_path):
     results.publish(partial, tmp_path / "key")
     assert [p.name for p in (tmp_path / "key").iterdir()] == ["a"]
     assert not partial.exists()
+
+
+def test_errors_while_writing_say_what_to_do_and_others_pass(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = rf"cannot write the run to {tmp_path} \(.*Not a directory.*--runs or LTSEG_RUNS"
+    with pytest.raises(UserError, match=message), results.writing(tmp_path):
+        (tmp_path / "file" / "folder").mkdir()
+    with pytest.raises(KeyError), results.writing(tmp_path):
+        {}["missing"]
 
 
 def test_runs_folder_order(monkeypatch, tmp_path):

@@ -126,6 +126,16 @@ def test_counting_equals_a_slow_reference(workers):
     assert counts.images.tolist() == [sum(bool((m == k).any()) for m in maps.labels) for k in range(5)]
 
 
+def test_class_presence():
+    assert stats.class_presence(TWO).tolist() == [[True, True, False], [False, True, False]]
+    maps = random_maps()
+    presence = stats.class_presence(maps, 2)
+    assert presence.tolist() == [[bool((m == k).any()) for k in range(5)] for m in maps.labels]
+    assert torch.equal(presence.sum(0), stats.count_classes(maps).images)
+    with pytest.raises(UserError, match="'train' of maps is empty"):
+        stats.class_presence(Maps([]))
+
+
 def test_a_data_set_may_count_its_own_maps():
     maps = random_maps()
     expected = stats.count_classes(maps).pixels

@@ -1,27 +1,44 @@
 """The training loop: determinism, resuming, several processes, teachers, and what stops it."""
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from filelock import FileLock, Timeout
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ltseg_core import data, evaluate, metrics, results, stats
+from ltseg_core import data, evaluate, metrics, parallel, results, stats, train
 from ltseg_core.config import Experiment, UserError
 from ltseg_core.data.batches import BatchOrder, augment, collate, draw, generator
 from ltseg_core.methods import METHODS, build_method
 from ltseg_core.models import build_model
-from ltseg_core.train import Learner, evaluation_set, fit, fit_all, learning_rate_factor, pseudo_labels, update_teacher
+from ltseg_core.train import (
+    Learner,
+    State,
+    evaluation_set,
+    fit,
+    fit_all,
+    learning_rate_factor,
+    pseudo_labels,
+    update_teacher,
+)
 
 SMALL = {"architecture": "Linknet", "encoder": "tu-mobilenetv3_small_050", "batch_size": 2}
 
@@ -48,7 +65,7 @@ def same(a, b):
 def test_plain_sgd_run_equals_a_loop_written_by_hand(tiny):
     e = tiny(optimizer="sgd", lr=1e-3, weight_decay=1e-3, encoder_lr_factor=0.5, warmup_steps=2)
     run = fit(e)
-    train = data.load(e.dataset, "train")
+    images = data.load(e.dataset, "train")
     torch.manual_seed(e.seed)
     network = build_model(e.architecture, e.encoder, 4)
     encoder, rest = (
@@ -58,7 +75,7 @@ def test_plain_sgd_run_equals_a_loop_written_by_hand(tiny):
     buffers = dict.fromkeys(encoder + rest)
     network.train()
     for step, indices in enumerate(BatchOrder(range(6), 2, 0, start=0, stop=4)):
-        batch = collate([train[i] for i in indices])
+        batch = collate([images[i] for i in indices])
         chosen = draw(2, generator(e.seed, 2, step), scale_range=e.scale_range, flip=e.flip, colour=e.colour)
         image, target = augment(batch, chosen, None)
         torch.manual_seed(generator(e.seed, step, 0).initial_seed())
@@ -129,9 +146,12 @@ def test_killed_at_random_moments_gives_the_undisturbed_weights(tiny, tmp_path, 
     e = tiny(steps=40, checkpoint_every=3, ema_decay=ema)
     whole = fit(e, runs=tmp_path / "whole")
     runs, rng, kills = tmp_path / "killed", random.Random(7), 0
+    checkpoint = runs / f"{e.key()}.partial" / "checkpoint.safetensors"
     while results.find(e, runs) is None:
         process = _start(e, runs)
-        process.join(timeout=rng.uniform(0.1, 1.5) if kills < 5 else 100)
+        while process.is_alive() and not checkpoint.exists():  # the first kill leaves something to go on from
+            time.sleep(0.01)
+        process.join(timeout=rng.uniform(0, 0.7) if kills < 5 else 100)
         kills += process.is_alive()
         process.kill()
         process.join()
@@ -165,19 +185,53 @@ def test_interrupt_keeps_the_checkpoint_and_the_next_call_resumes(tiny, tmp_path
     assert "resumed at step" in log.read_text()
 
 
-def test_truncated_checkpoint_is_named(tiny, tmp_path, monkeypatch):
-    e = tiny()
-    other = fit(tiny(seed=5))
-    monkeypatch.setattr(results, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr("ltseg_core.train.CHECKPOINT", "kept.safetensors")
+def _after_checkpoint(monkeypatch, number, act):
+    """Call `act` as soon as that many checkpoints are written."""
+    real, count = State.save, itertools.count(1)
+
+    def save(state, path):
+        real(state, path)
+        if next(count) == number:
+            act()
+
+    monkeypatch.setattr(State, "save", save)
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_seconds_of_all_sessions_are_added_up(tiny, tmp_path, monkeypatch):
+    e, begin = tiny(), time.monotonic()
+    _after_checkpoint(monkeypatch, 1, _interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fit(e)
-    monkeypatch.undo()
-    partial = results.runs_folder(other.path.parent) / f"{e.key()}.partial"
-    (partial / "checkpoint.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
-    with pytest.raises(UserError, match=r"checkpoint.safetensors is truncated .*delete it"):
-        fit(e, runs=other.path.parent)
-    assert results.find(tiny(seed=5), other.path.parent) is not None
+        fit(e, runs=tmp_path)
+    path = tmp_path / f"{e.key()}.partial" / "checkpoint.safetensors"
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    assert 0 < float(meta["seconds"]) < time.monotonic() - begin
+    save_file(load_file(path), path, meta | {"seconds": "1000.0"})
+    begin = time.monotonic()
+    assert 1000 < fit(e, runs=tmp_path).environment["wall_s"] < 1000 + time.monotonic() - begin
+
+
+def test_damaged_checkpoint_is_named_and_finished_runs_are_kept(tiny, tmp_path):
+    other, e = fit(tiny(seed=5), runs=tmp_path), tiny()
+    path = tmp_path / f"{e.key()}.partial" / "checkpoint.safetensors"
+    path.parent.mkdir()
+    for content in (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"):
+        path.write_bytes(content)  # cut off, without metadata
+        with pytest.raises(UserError, match=r"checkpoint.safetensors is truncated .*delete it"):
+            fit(e, runs=tmp_path)
+    assert results.find(tiny(seed=5), tmp_path) == other
+
+
+def test_damaged_weights_are_named(tiny):
+    run = fit(tiny())
+    path = run.path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model.safetensors is damaged .*delete .* and run again"):
+        fit(tiny(method="tau_norm"))  # starts from it
 
 
 def test_diverging_loss_says_where_and_what_to_try(tiny):
@@ -202,25 +256,68 @@ def test_refused_before_training(tiny, changes, message):
         fit(tiny(**changes))
 
 
-def test_unwritable_folder_is_named(tiny, tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    with pytest.raises(UserError, match="cannot write the run to .*choose another folder"):
-        fit(tiny(), runs=blocked / "runs")
+@pytest.mark.parametrize("blocked", ["runs", "runs/{}.partial", "runs/{}.lock/", "runs/{}.partial/log.txt/"])
+def test_what_cannot_be_written_is_named(tiny, tmp_path, blocked):
+    """A file where a folder should be, and the reverse."""
+    path = tmp_path / blocked.format(tiny().key())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if blocked.endswith("/"):
+        path.mkdir()
+    else:
+        path.write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write the run to .*runs \(.*choose another folder"):
+        fit_all([tiny()], runs=tmp_path / "runs")
 
 
-def test_full_disk_leaves_nothing_half_written_and_a_rerun_finishes(tiny, monkeypatch):
-    e, real = tiny(), results.publish
+def _fit_on_a_full_disk(answer, experiment, runs, checkpoints, limit):
+    """`fit` where no file may grow beyond `limit` bytes once so many checkpoints are written; answers the refusal."""
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    monkeypatch.setattr(results, "publish", full)
-    with pytest.raises(UserError, match="No space left on device.*free disk space"):
-        fit(e)
-    assert results.find(e) is None
-    monkeypatch.setattr(results, "publish", real)
-    assert fit(e).path.is_dir()
+    _after_checkpoint(pytest.MonkeyPatch(), checkpoints, fill)
+    if checkpoints == 0:
+        fill()
+    try:
+        fit(experiment, runs=runs, progress=False)
+    except UserError as error:
+        answer.send(str(error))
+
+
+def test_full_disk_is_named_and_a_rerun_goes_on(tiny, tmp_path):
+    """The log, the first checkpoint, a later one, the final tables and weights do not fit."""
+    e, runs = tiny(), tmp_path / "full"
+    whole, other = fit(e, runs=tmp_path / "whole"), fit(tiny(seed=5), runs=runs)
+    kept = {path: path.read_bytes() for path in other.path.iterdir()}
+    for checkpoints, limit in ((0, 0), (0, 20_000), (1, 20_000), (2, 20_000)):
+        answer, end = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(
+            target=_fit_on_a_full_disk, args=(end, e, runs, checkpoints, limit)
+        )
+        process.start()
+        end.close()
+        refusal = answer.recv()
+        process.join()
+        assert refusal.startswith(f"cannot write the run to {runs} (")
+        assert "File too large" in refusal
+        assert "free disk space" in refusal
+        assert results.find(e, runs) is None
+        assert not list(runs.glob("*/.*.tmp"))
+        again = fit(e, runs=runs)
+        assert same(weights(again), weights(whole))
+        resumed = f"resumed at step {2 * checkpoints}" in (again.path / "log.txt").read_text()
+        assert resumed == (checkpoints > 0)
+        shutil.rmtree(again.path)
+    assert {path: path.read_bytes() for path in other.path.iterdir()} == kept
+
+
+def test_errors_of_the_system_that_are_no_writes_keep_their_name(tiny, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(train, "build_model", unreachable)
+    with pytest.raises(ConnectionError, match="no route to the hub"):
+        fit(tiny())
 
 
 def test_run_of_another_version_is_refused_and_kept(tiny):
@@ -252,6 +349,60 @@ def test_side_by_side_equals_one_after_the_other(tiny, tmp_path):
     assert [r.experiment.seed for r in together] == [0, 1, 2, 0]
     for a, b in zip(apart, together, strict=False):
         assert same(weights(a), weights(b))
+
+
+def _taken(runs, cores):
+    """How many of the cores are taken by trainings."""
+    free = 0
+    for core in range(cores):
+        try:
+            with FileLock(runs / f".core{core}.lock", timeout=0):
+                free += 1
+        except Timeout:
+            pass
+    return cores - free
+
+
+@pytest.mark.parametrize(
+    ("threads", "jobs", "world", "taken"),
+    [(1, 1, 1, 1), (2, None, 1, 2), (9, None, 1, 3), (1, 3, 2, 0)],
+    ids=["one thread", "two threads", "more threads than cores", "launched together"],
+)
+def test_one_missing_run_takes_its_cores_too(tiny, tmp_path, monkeypatch, threads, jobs, world, taken):
+    seen = []
+    monkeypatch.setattr(stats, "cores", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(train, "fit", lambda e, runs: seen.append(_taken(runs, 3)))
+    tmp_path.joinpath("runs").mkdir()
+    fit_all([tiny()], jobs=jobs, runs=tmp_path / "runs")
+    assert seen == ([taken, 0] if taken else [0])  # the last call only returns the run
+    assert _taken(tmp_path / "runs", 3) == 0
+
+
+def test_trainings_of_any_number_of_threads_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(stats, "cores", lambda: 3)
+    busy, most, finished, lock = [], [], [], threading.Lock()
+
+    def train_twice(threads):
+        for _ in range(2):
+            with parallel.take_cores(tmp_path, threads):
+                with lock:
+                    busy.append(threads)
+                    most.append(sum(busy))
+                time.sleep(0.05)
+                with lock:
+                    busy.remove(threads)
+            finished.append(threads)
+
+    callers = [threading.Thread(target=train_twice, args=(n,), daemon=True) for n in (2, 2, 3, 1)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=20)
+    assert sorted(finished) == [1, 1, 2, 2, 2, 2, 3, 3]
+    assert max(most) == 3
 
 
 @pytest.mark.slow
@@ -322,14 +473,42 @@ def test_pseudo_labels():
     assert pseudo_labels(logits, torch.full_like(inside, 255), 0.0).tolist() == [[[255, 255]]]
 
 
-def test_unlabelled_stream_with_weight_zero_is_supervised_training(tiny):
-    base = {"labelled_images": 3, "ema_decay": 0.5}
-    without, ignored = (fit(tiny(**base, **c)) for c in ({"unlabelled_weight": 0.0}, {"pseudo_threshold": 1.0}))
-    used = fit(tiny(**base, unlabelled_weight=1.0))
-    losses = [r.history["value"].to_numpy() for r in (without, ignored, used)]
-    assert losses[0][0] == losses[1][0]  # no pseudo-label passes the threshold 1, so the first steps agree
-    assert losses[2][0] > losses[0][0]
-    assert int(without.counts().images.max()) <= 3
+def _learned(run):
+    """The weights without what batch norm counts."""
+    return {k: v for k, v in weights(run).items() if "running_" not in k and not k.endswith("num_batches_tracked")}
+
+
+def test_unlabelled_stream_without_weight_or_labels_is_supervised_training(tiny, tmp_path):
+    """Of the same images, with the same teacher. Only the batch-norm statistics see the other images, too."""
+    e = tiny(labelled_images=3, ema_decay=0.5, pseudo_threshold=0.0)
+    labelled = torch.randperm(6, generator=generator(e.seed, 4))[:3].tolist()
+    root = tmp_path / "labelled"
+    shutil.copytree(e.dataset, root)
+    for path in root.glob("train/*/*.png"):
+        if int(path.stem) not in labelled:
+            path.unlink()
+    supervised = fit(replace(e, dataset=str(root), labelled_images=None))
+    for reduction in ({"unlabelled_weight": 0.0}, {"pseudo_threshold": 1.0}):  # 1.0: no pseudo-label is so sure
+        run = fit(replace(e, **reduction))
+        assert torch.equal(run.counts().pixels, supervised.counts().pixels)
+        assert run.history.equals(supervised.history)
+        assert same(_learned(supervised), _learned(run))
+    frozen = {"freeze_batch_norm": True}
+    supervised = fit(replace(supervised.experiment, **frozen))
+    assert same(weights(supervised), weights(fit(replace(e, unlabelled_weight=0.0, **frozen))))
+    used = fit(replace(e, **frozen))
+    assert used.history["value"][0] > supervised.history["value"][0]
+    assert not same(_learned(used), _learned(supervised))
+
+
+def test_labels_of_the_unlabelled_images_are_never_looked_at(tiny, tmp_path):
+    e = tiny(labelled_images=3, ema_decay=0.5, pseudo_threshold=0.0)
+    root = tmp_path / "other labels"
+    shutil.copytree(e.dataset, root)
+    for i in torch.randperm(6, generator=generator(e.seed, 4))[3:].tolist():
+        Image.fromarray(np.full((32, 48), 3, np.uint8)).save(root / f"train/labels/{i:03}.png")
+    one, two = fit(e), fit(replace(e, dataset=str(root)))
+    assert same(weights(one), weights(two))
 
 
 def test_frozen_batch_norm_does_not_move(tiny):
@@ -369,8 +548,6 @@ def test_label_noise_is_for_training_only():
 
 
 def test_nothing_to_learn_from_or_to_evaluate_on(folder):
-    from PIL import Image
-
     root = folder(train=2)
     with pytest.raises(UserError, match="neither a val nor a test split"):
         fit(Experiment(dataset=str(root), **SMALL))

@@ -1,6 +1,7 @@
 """Re-trained and corrected classifiers, class means and re-sampling against closed forms, loops and scikit-learn."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestCentroid
 from tiny import COUNTS, C, D, batch, same, snapshot, tiny_network, train_steps
 
-from ltseg_core.config import IGNORE_INDEX, UserError
+from ltseg_core import data, stats, train
+from ltseg_core.config import IGNORE_INDEX, Experiment, UserError
+from ltseg_core.data.base import Subset
+from ltseg_core.data.batches import BatchOrder
 from ltseg_core.losses import cross_entropy, pixel_nll
-from ltseg_core.methods.disalign import use_cosine_classifier
 from ltseg_core.methods.two_stage import (
     BalancedSampling,
     NearestMean,
@@ -28,12 +31,13 @@ from ltseg_core.methods.two_stage import (
     ncm,
     nearest_labels,
     posthoc_logit_adjustment,
+    repeat_factor,
     repeat_factors,
     tau_norm,
     transposed_resize,
     undersampling,
 )
-from ltseg_core.models import Output
+from ltseg_core.models import CosineClassifier, Output
 from ltseg_core.stats import ClassCounts
 
 RETRAINED = {"crt": crt, "lws": lws, "balanced_bound": balanced_bound}
@@ -52,7 +56,7 @@ def network():
 @pytest.mark.parametrize("cosine", [False, True])
 def test_only_the_classifier_learns_and_the_features_stay(network, name, cosine):
     if cosine:
-        use_cosine_classifier(network)
+        network.classifier = CosineClassifier(D, C)
     image, _ = batch(seed=9)
     features = network.eval()(image).features
     (stage,) = RETRAINED[name](network, COUNTS)
@@ -91,7 +95,8 @@ def test_crt_starts_anew_the_bound_from_the_finished_classifier(network):
 
 
 def test_crt_resets_the_learned_scale_of_a_cosine_classifier(network):
-    use_cosine_classifier(network, scale=10.0, learn_scale=True).classifier.scale.data.fill_(99.0)
+    network.classifier = CosineClassifier(D, C, scale=10.0, learn_scale=True)
+    network.classifier.scale.data.fill_(99.0)
     crt(network, COUNTS)
     assert network.classifier.scale.item() == 10.0
 
@@ -378,6 +383,58 @@ def test_repeat_factors_agree_with_loops(seed, threshold):
     torch.testing.assert_close(ours, torch.tensor(expected).double())
 
 
+def test_repeat_factor_is_cross_entropy_on_images_weighted_by_their_factors(network):
+    _, target = batch()
+    output = random_output(target)
+    (stage,) = repeat_factor(network, COUNTS, threshold=0.5)
+    assert torch.equal(stage.criterion(output, target), cross_entropy(output.logits, target))
+    presence = torch.rand(12, 5, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert torch.equal(stage.sampling(presence), repeat_factors(presence, threshold=0.5))
+    # LVIS: up to sqrt(100) = 10 times for a class in one of 100 000 images; here in one of 400
+    presence = torch.zeros(400, 2, dtype=torch.bool)
+    presence[:, 0] = presence[7, 1] = True
+    expected = torch.ones(400).double()
+    expected[7] = 10
+    (stage,) = repeat_factor(network, COUNTS)
+    torch.testing.assert_close(stage.sampling(presence), expected)
+    assert crt(network, COUNTS)[0].sampling is None
+
+
+def test_repeated_images_bring_a_rare_class_to_the_square_root_of_its_share():
+    presence = torch.zeros(100, 2, dtype=torch.bool)
+    presence[:, 0] = presence[:4, 1] = True  # in 4 %
+    weights = repeat_factors(presence, threshold=1.0)
+    order = BatchOrder(range(100), 8, 0, start=0, stop=2000, weights=weights)
+    drawn = torch.tensor([i for step in order for i in step])
+    expected = 4 * 5 / (4 * 5 + 96)
+    share = presence[drawn, 1].double().mean().item()
+    assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / len(drawn))
+
+
+@pytest.mark.parametrize("labelled", [None, 5])
+def test_training_draws_the_labelled_images_by_their_factors(folder, monkeypatch, labelled):
+    root = folder(train=8, test=1, classes=8, size=(16, 24))  # six patches: no image has all classes
+    e = Experiment(
+        dataset=str(root), architecture="Linknet", encoder="tu-mobilenetv3_small_050", batch_size=2, steps=5,
+        method="repeat_factor", hyper={"threshold": 0.9}, labelled_images=labelled,
+        ema_decay=0.5 if labelled else None, checkpoint_every=1,
+    )  # fmt: skip
+    orders, loader = [], train.loader
+
+    def spy(dataset, order, **options):
+        orders.append(list(order))
+        return loader(dataset, order, **options)
+
+    monkeypatch.setattr(train, "loader", spy)
+    train.fit(e)
+    whole = data.load(str(root), "train")
+    images = train._shares(e, 8)[0]
+    weights = repeat_factors(stats.class_presence(Subset(whole, images)), threshold=0.9)
+    assert len(weights.unique()) > 1
+    assert orders[0] == list(BatchOrder(images, 2, e.seed, start=0, stop=5, weights=weights))
+    assert len(orders) == (2 if labelled else 1)
+
+
 def test_keep_rates_equalise_the_expected_counts():
     assert torch.equal(keep_rates(COUNTS) * COUNTS.pixels, torch.full((C,), 10.0).double())
     torch.testing.assert_close(keep_rates(COUNTS, 0.5), torch.tensor([850 / 8000, 850 / 1500, 1, 1]).double())
@@ -431,17 +488,22 @@ def test_undersampling_is_cross_entropy_of_the_kept_pixels(network):
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (crt, {"balance": "sample"}, "did you mean 'sampling'"),
+        (crt, {"balance": "sample"}, "balance must be 'sampling' or 'weights', got 'sample'"),
+        (crt, {"balanc": "weights"}, "did you mean 'balance'"),
+        (balanced_bound, {"tau": 1.0}, "there is no hyper-parameter, got tau"),
         (crt, {"samples": 0}, "samples must be >= 1, got 0"),
-        (lws, {"balance": "none"}, "unknown balance 'none'"),
+        (lws, {"balance": "none"}, "got 'none'"),
         (lws, {"samples": -5}, "got -5"),
         (tau_norm, {"tau": -0.5}, "tau must be >= 0, got -0.5"),
         (tau_norm, {"tau": math.inf}, "got inf"),
-        (posthoc_logit_adjustment, {"tau": math.nan}, "tau must be finite, got nan"),
-        (posthoc_logit_adjustment, {"prior": "pixels"}, "did you mean 'pixel'"),
-        (ncm, {"distance": "cosin"}, "did you mean 'cosine'"),
-        (ncm, {"labels": "neares"}, "did you mean 'nearest'"),
+        (posthoc_logit_adjustment, {"tau": math.nan}, "tau must be float, got nan"),
+        (posthoc_logit_adjustment, {"tau": math.inf}, "tau must be finite, got inf"),
+        (posthoc_logit_adjustment, {"prior": "pixels"}, "prior must be 'pixel' or 'region', got 'pixels'"),
+        (ncm, {"distance": "cosin"}, "distance must be 'cosine' or 'euclidean', got 'cosin'"),
+        (ncm, {"labels": "neares"}, "labels must be 'exact' or 'nearest', got 'neares'"),
         (undersampling, {"quantile": 1.5}, r"quantile must be in \[0, 1\], got 1.5"),
+        (repeat_factor, {"threshold": 0.0}, r"threshold must be in \(0, 1\], got 0"),
+        (repeat_factor, {"threshold": 1.1}, r"threshold must be in \(0, 1\], got 1.1"),
     ],
 )
 def test_options_out_of_range_are_refused_before_the_network_is_touched(network, build, options, message):
@@ -453,8 +515,49 @@ def test_options_out_of_range_are_refused_before_the_network_is_touched(network,
 
 def test_other_refusals(network):
     with pytest.raises(UserError, match="needs a linear classifier, got CosineClassifier"):
-        tau_norm(use_cosine_classifier(network), COUNTS)
+        network.classifier = CosineClassifier(D, C)
+        tau_norm(network, COUNTS)
     with pytest.raises(UserError, match=r"threshold must be in \(0, 1\], got 0"):
         repeat_factors(torch.ones(2, 2), threshold=0.0)
+    with pytest.raises(UserError, match="did you mean 'sampling'"):
+        balanced_criterion(COUNTS, "sample")
+    with pytest.raises(UserError, match="did you mean 'cosine'"):
+        NearestMean(D, C, "cosin")
     with pytest.raises(ValueError, match=r"\(N, C\).*\(3,\)"):
         repeat_factors(torch.ones(3), threshold=0.5)
+
+
+# --- a cosine base -----------------------------------------------------------------------------------------
+
+
+def test_every_correction_runs_on_a_finished_run_with_a_cosine_classifier(folder):
+    base = Experiment(
+        dataset=str(folder(train=4, test=2, size=(32, 32))), architecture="Linknet",
+        encoder="tu-mobilenetv3_small_050", batch_size=2, steps=4, lr=1e-2,
+        model_options={"classifier": "cosine", "scale": 20, "learn_scale": True},
+    )  # fmt: skip
+    finished = train.fit(base).network().classifier
+    assert isinstance(finished, CosineClassifier)
+    assert 0 < abs(finished.scale.item() - 20) < 1
+    found = {}
+    for method in ("disalign", "crt", "lws", "balanced_bound", "posthoc_logit_adjustment", "ncm"):
+        network = train.fit(dataclasses.replace(base, method=method)).network()
+        found[method] = network.network.classifier if method == "disalign" else network.classifier
+    kept = [found["disalign"], found["lws"].base, found["posthoc_logit_adjustment"].base]
+    assert all(torch.equal(classifier.weight, finished.weight) for classifier in kept)
+    for name in ("crt", "balanced_bound"):
+        assert isinstance(found[name], CosineClassifier)
+        assert not torch.equal(found[name].weight, finished.weight)
+    assert isinstance(found["ncm"], NearestMean)
+    with pytest.raises(UserError, match="needs a linear classifier, got CosineClassifier"):
+        train.fit(dataclasses.replace(base, method="tau_norm"))
+
+
+def test_an_auxiliary_head_of_the_base_is_frozen_too():
+    from ltseg_core.models import build_model
+
+    network = build_model("Linknet", "tu-mobilenetv3_small_050", C, auxiliary=True)
+    (stage,) = crt(network, COUNTS, balance="weights")
+    before = snapshot(network.auxiliary)
+    train_steps(stage, steps=1, decay=0.1)
+    assert all(same(before, network.auxiliary).values())

@@ -79,7 +79,7 @@ def test_every_method_looks_different_and_always_the_same() -> None:
 
 def test_an_unknown_method_has_a_stable_look_and_importing_viz_is_light() -> None:
     here = viz.method_style("blv sigma=6")
-    assert here.label == "blv sigma=6"
+    assert here.label == "BLV sigma=6"
     heavy = ("matplotlib", "seaborn", "torchvision", "timm", "segmentation_models_pytorch")
     code = f"""import sys
 from ltseg_core import viz
@@ -348,9 +348,9 @@ def test_group_names_stand_over_their_classes() -> None:
 
 
 def test_deltas_are_bars_by_frequency_pale_where_the_interval_holds_zero() -> None:
-    table = score_table(5, ("blv", "balanced_softmax"), column="difference")
+    table = score_table(5, ("blv", "balanced_softmax"))
     sure = (table["low"] > 0) | (table["high"] < 0)
-    table.loc[table["class_id"] == 2, ["difference", "low", "high"]] = [0.01, -0.02, 0.04]
+    table.loc[table["class_id"] == 2, ["value", "low", "high"]] = [0.01, -0.02, 0.04]
     sure[table["class_id"] == 2] = False
     axes = viz.plot_deltas(table)
     assert axes.shape == (2, 2)
@@ -361,7 +361,7 @@ def test_deltas_are_bars_by_frequency_pale_where_the_interval_holds_zero() -> No
         for j, metric in enumerate(("iou", "acc")):
             ax, rows = axes[i, j], (table["method"] == method) & (table["metric"] == metric)
             bars = list(ax.patches)
-            np.testing.assert_allclose([b.get_height() for b in bars], table[rows]["difference"].to_numpy()[::-1])
+            np.testing.assert_allclose([b.get_height() for b in bars], table[rows]["value"].to_numpy()[::-1])
             np.testing.assert_allclose([b.get_x() + b.get_width() / 2 for b in bars], range(5), atol=1e-9)
             full = [to_hex(b.get_facecolor()) == viz.method_colour(method) for b in bars]
             assert full == sure[rows].tolist()[::-1]
@@ -373,7 +373,7 @@ def test_deltas_are_bars_by_frequency_pale_where_the_interval_holds_zero() -> No
 
 
 def test_a_difference_without_an_interval_is_pale() -> None:
-    table = score_table(3, ("blv",), column="difference").assign(low=np.nan, high=np.nan)
+    table = score_table(3, ("blv",)).assign(low=np.nan, high=np.nan)
     ax = viz.plot_deltas(table)[0, 0]
     assert all(to_hex(b.get_facecolor()) != viz.method_colour("blv") for b in ax.patches)
 
@@ -390,7 +390,7 @@ def test_means_stand_at_their_metric_with_their_intervals() -> None:
 
 def test_figures_are_drawn_on_the_axes_given() -> None:
     _, axes = viz.subplots(2, 2)
-    table = score_table(3, ("ce", "blv"), column="difference")
+    table = score_table(3, ("ce", "blv"))
     assert viz.plot_deltas(table, axes)[1, 1] is axes[1, 1]
     assert viz.plot_per_class(score_table(3), axes[:, :1])[0] is axes[0, 0]
     with pytest.raises(ValueError, match=r"expected 2 x 1 axes, got 4"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,17 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, **op
     if folder is None:
         from ltseg_core.data.scenes import Scenes
 
-        return Scenes(split, **check_options(f"option of {name}", options, Scenes))
+        return _scenes_once(split, **check_options(f"option of {name}", options, Scenes))
     options = check_options(f"option of {name}", options, FolderDataset, hidden=("name", "spec"))
     return FolderDataset(folder, split, name=name, spec=SPECS.get(name), **options)
+
+
+@lru_cache(maxsize=16)
+def _scenes_once(split: str, **options: Any) -> SegmentationDataset:
+    """The same object for the same options: what was drawn and kept in memory for one run serves the next."""
+    from ltseg_core.data.scenes import Scenes
+
+    return Scenes(split, **options)
 
 
 def splits(name: str, root: str | os.PathLike[str] | None = None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ltseg_core.config import IGNORE_INDEX
 from ltseg_core.data.base import InMemory, SegmentationDataset
 
 IN_MEMORY_BYTES = 4 * 2**30
+_IN_MEMORY: WeakKeyDictionary[SegmentationDataset, SegmentationDataset] = WeakKeyDictionary()
 
 
 class Batch(NamedTuple):
@@ -57,7 +59,9 @@ def generator(*key: int) -> torch.Generator:
 class BatchOrder:
     """Image indices of the steps start..stop-1: seeded permutations, one after the other.
 
+    weights: (N,), one for each index; if given, every batch is drawn with replacement, in proportion to them
     With several processes each takes its share of every batch, in order of rank.
+    Raises ValueError for another number of weights.
     """
 
     def __init__(
@@ -70,16 +74,24 @@ class BatchOrder:
         stop: int,
         rank: int = 0,
         world: int = 1,
+        weights: Tensor | None = None,
     ) -> None:
+        if weights is not None and weights.shape != (len(indices),):
+            raise ValueError(f"expected weights of shape ({len(indices)},), got {tuple(weights.shape)}")
         self.indices, self.batch_size, self.seed = torch.as_tensor(indices), batch_size, seed
+        self.weights = weights
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        count, share = len(self.indices), self.batch_size // self.world
-        epoch, order = -1, self.indices
+        share = self.batch_size // self.world
+        for batch in self._permuted() if self.weights is None else self._drawn(self.weights):
+            yield batch[self.rank * share : (self.rank + 1) * share]
+
+    def _permuted(self) -> Iterator[list[int]]:
+        count, epoch, order = len(self.indices), -1, self.indices
         for step in range(self.start, self.stop):
             batch = []
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
@@ -87,7 +99,13 @@ class BatchOrder:
                     epoch = position // count
                     order = self.indices[torch.randperm(count, generator=generator(self.seed, 1, epoch))]
                 batch.append(int(order[position % count]))
-            yield batch[self.rank * share : (self.rank + 1) * share]
+            yield batch
+
+    def _drawn(self, weights: Tensor) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            source = generator(self.seed, 1, step)
+            drawn = torch.multinomial(weights, self.batch_size, replacement=True, generator=source)
+            yield self.indices[drawn].tolist()
 
 
 def loader(dataset: SegmentationDataset, order: BatchOrder, *, workers: int) -> DataLoader[Batch]:
@@ -102,9 +120,15 @@ def loader(dataset: SegmentationDataset, order: BatchOrder, *, workers: int) -> 
 
 
 def in_memory_if_small(dataset: SegmentationDataset) -> SegmentationDataset:
-    """Hold the data set in memory when its decoded images are expected to need less than 4 GiB."""
-    first = sum(x.numel() for x in dataset[0])
-    return InMemory(dataset) if first * len(dataset) < IN_MEMORY_BYTES else dataset
+    """Hold the data set in memory when its decoded images are expected to need less than 4 GiB.
+
+    As long as `dataset` itself is held by somebody, the copy is kept for the next caller.
+    """
+    if dataset not in _IN_MEMORY:
+        if sum(x.numel() for x in dataset[0]) * len(dataset) >= IN_MEMORY_BYTES:
+            return dataset
+        _IN_MEMORY[dataset] = InMemory(dataset)
+    return _IN_MEMORY[dataset]
 
 
 class Draw(NamedTuple):

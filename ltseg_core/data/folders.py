@@ -75,9 +75,9 @@ class FolderDataset(SegmentationDataset):
 
     images: how many images to keep, spread evenly over the sorted stems (None keeps all)
 
-    Raises UserError when a folder, an image or a label is missing, two files share a stem, the split is empty, a
-    file cannot be read or decoded, image and label differ in size, a label has several channels, or a value is no
-    class (without a class list: 254).
+    Raises UserError when a folder, an image or a label is missing or cannot be read, two files share a stem, the
+    split is empty, a file cannot be decoded, image and label differ in size, a label has several channels, a value
+    is no class (without a class list: 254), or the class list is malformed.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class FolderDataset(SegmentationDataset):
                 f"no data set {name!r} at {root}: {hint}, or point --data-root or LTSEG_DATA to the folder that"
                 " holds it"
             )
-        splits = sorted(p.name for p in root.iterdir() if (p / "images").is_dir())
+        with _listed(root):
+            splits = sorted(p.name for p in root.iterdir() if (p / "images").exists())
         if not splits:
             raise UserError(f"{root} holds no split: expected <split>/images and <split>/labels, e.g. train/images")
         self.name, self.split = name, choose(f"split of {name}", split, splits)
@@ -117,8 +118,6 @@ class FolderDataset(SegmentationDataset):
     def _pairs(self) -> tuple[dict[str, str], dict[str, str]]:
         """File names of the images and of the labels by stem."""
         images = _by_stem(self.folder / "images", IMAGE_SUFFIXES)
-        if not (self.folder / "labels").is_dir():
-            raise UserError(f"{self.folder} has images/ but no labels/ folder")
         labels = _by_stem(self.folder / "labels", LABEL_SUFFIXES)
         if not images and not labels:
             raise UserError(f"split {self.split!r} is empty: no images in {self.folder / 'images'}")
@@ -178,12 +177,26 @@ _INVALID = 254  # marks values that are no class; so at most 254 classes
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     """The names of the files in `folder` that end on one of `suffixes`, by stem."""
     names: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
+    with _listed(folder):
+        paths = sorted(folder.iterdir())
+    for path in paths:
         if path.suffix.lower() in suffixes:
             if path.stem in names:
                 raise UserError(f"{folder} holds both {names[path.stem]} and {path.name}: remove or rename one")
             names[path.stem] = path.name
     return names
+
+
+@contextmanager
+def _listed(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while the contents of `folder` are listed becomes a UserError that says where."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be listed ({error.strerror}): expected readable folders"
+            " <split>/images and <split>/labels"
+        ) from None
 
 
 @contextmanager
@@ -233,8 +246,14 @@ def _read_spec(root: Path) -> Spec:
         palette: Sequence[tuple[int, int, int]] = distinct_colours(len(rows))
         if "red" in rows[0]:
             palette = [(int(row["red"]), int(row["green"]), int(row["blue"])) for row in rows]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): expected columns class_index, class_name") from None
+        for index, colour in enumerate(palette):
+            if not all(0 <= value <= 255 for value in colour):
+                raise ValueError(f"the colour {colour} of class_index {index} is not within 0..255")
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read ({error!r}): expected columns class_index, class_name and, if you like, red, green,"
+            " blue"
+        ) from None
     return Spec(tuple(row["class_name"] for row in rows), tuple(palette))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ltseg_core.config import UserError, check_options, choose
+from ltseg_core.config import UserError, choose
 from ltseg_core.losses import LOSSES, build_loss
 from ltseg_core.methods import disalign, medoe, region_rebalance, two_stage
 from ltseg_core.methods.base import Method, PixelCriterion, Stage
@@ -26,6 +26,7 @@ def pixel_loss(name: str) -> Callable[..., list[Stage]]:
 METHODS: dict[str, Method] = {
     **{name: Method(pixel_loss(name)) for name in LOSSES},
     "undersampling": Method(two_stage.undersampling),
+    "repeat_factor": Method(two_stage.repeat_factor),
     "region_rebalance": Method(region_rebalance.build),
     "medoe": Method(medoe.build),
     # on the finished cross-entropy run of the same seed
@@ -48,7 +49,4 @@ def build_method(name: str, network: SegmentationNetwork, counts: ClassCounts, h
     name = choose("method", name, METHODS)
     if network.classifier.out_channels != counts.num_classes:
         raise UserError(f"the network has {network.classifier.out_channels} classes, the counts {counts.num_classes}")
-    build = METHODS[name].build
-    if name not in LOSSES:  # build_loss checks those of a loss
-        hyper = check_options(f"hyper-parameter of {name}", hyper, build)
-    return build(network, counts, **hyper)
+    return METHODS[name].build(network, counts, **hyper)

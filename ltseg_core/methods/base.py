@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec
 
 from torch import Tensor, nn
 
+from ltseg_core.config import check_options
 from ltseg_core.losses import cross_entropy
 from ltseg_core.models import Output
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,8 @@ class Stage:
     frozen:    modules kept fixed and in evaluation mode
     prepare:   called once before the first step with the labelled training batches, unaugmented, each image
                (B, 3, H, W) float in [0, 1] and target (B, H, W) int64, on the training device
+    sampling:  which classes each labelled image contains, (N, C) bool, -> weights (N,) in proportion to which images
+               are drawn with replacement; None: every image once per epoch
     """
 
     name: str
@@ -29,6 +36,7 @@ class Stage:
     share: float = 1.0
     frozen: tuple[nn.Module, ...] = ()
     prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], None] | None = None
+    sampling: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,16 @@ class Method:
     length: float = 1.0
 
 
+def checked(build: Callable[P, list[Stage]]) -> Callable[P, list[Stage]]:
+    """`build`, refusing unknown options and values that their annotations do not allow (see `check_options`)."""
+
+    @wraps(build)
+    def build_checked(*args: P.args, **options: P.kwargs) -> list[Stage]:
+        return build(*args, **check_options("hyper-parameter", options, build))
+
+    return build_checked
+
+
 class PixelCriterion(nn.Module):
     """A pixel loss on the logits, plus `auxiliary_weight` x cross-entropy where the network has an auxiliary head."""
 
@@ -54,6 +72,6 @@ class PixelCriterion(nn.Module):
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
         loss = self.loss(output.logits, target)
-        if output.auxiliary is None:
+        if output.auxiliary is None or not self.auxiliary_weight:
             return loss
         return loss + self.auxiliary_weight * cross_entropy(output.auxiliary, target)

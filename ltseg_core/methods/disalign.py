@@ -9,50 +9,17 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltseg_core.config import UserError, choose
-from ltseg_core.losses import Prior, _require, build_loss
-from ltseg_core.methods.base import PixelCriterion, Stage
+from ltseg_core.losses import Prior, build_loss
+from ltseg_core.methods.base import PixelCriterion, Stage, checked
 from ltseg_core.models import Output, SegmentationNetwork
 from ltseg_core.stats import ClassCounts
 
 Form = Literal["eq5", "eq6", "eq6_code"]
 Confidence = Literal["linear", "conv_bn_relu", "scalar", "constant"]
 INITIAL_ALPHA = {"eq5": 1.0, "eq6": 0.0, "eq6_code": 1.0}
-
-
-class CosineClassifier(nn.Module):
-    """z_k = s w_k.x / (|w_k| |x|), a 1x1 convolution (Gidaris & Komodakis, CVPR 2018). (B, D, h, w) -> (B, C, h, w)
-
-    scale: s, fixed, or the start of a learned one; 16 to 30 are usual. A zero feature has the logits 0.
-    Raises UserError for a scale <= 0.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
-        super().__init__()
-        _require("scale", scale, scale > 0, "> 0")
-        self.in_channels, self.out_channels, self.initial_scale = in_channels, out_channels, scale
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
-        self.scale = nn.Parameter(torch.empty(()), requires_grad=learn_scale)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.constant_(self.scale, self.initial_scale)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.conv2d(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
-
-
-def use_cosine_classifier(
-    network: SegmentationNetwork, *, scale: float = 16.0, learn_scale: bool = False
-) -> SegmentationNetwork:
-    """Replace the network's classifier by a new cosine classifier, in place; returns the network."""
-    old = network.classifier
-    network.classifier = CosineClassifier(old.in_channels, old.out_channels, scale=scale, learn_scale=learn_scale)
-    return network
 
 
 class ScalarConfidence(nn.Module):
@@ -88,7 +55,7 @@ class CalibratedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.form = network, choose("form", form, INITIAL_ALPHA)
-        confidence = choose("confidence", confidence, get_args(Confidence))  # type: ignore[assignment]
+        choose("confidence", confidence, get_args(Confidence))
         width, classes = network.feature_channels, network.classifier.out_channels
         self.alpha = nn.Parameter(torch.full((classes,), INITIAL_ALPHA[self.form])) if magnitude else None
         self.beta = nn.Parameter(torch.zeros(classes)) if margin else None
@@ -117,6 +84,7 @@ class CalibratedNetwork(nn.Module):
         return Output(features, self.network.resize(logits, image))
 
 
+@checked
 def disalign(
     network: SegmentationNetwork,
     counts: ClassCounts,
@@ -148,7 +116,6 @@ def disalign(
     """
     if not (magnitude or margin):
         raise UserError("magnitude and margin are both false, so nothing is calibrated: switch one on")
-    choose("frozen", frozen, ("strict", "code"))
     criterion = PixelCriterion(build_loss("grw_ce", counts, rho=rho, normalisation=normalisation, prior=prior))
     calibrated = CalibratedNetwork(network, form=form, magnitude=magnitude, margin=margin, confidence=confidence)
     network.requires_grad_(False)

@@ -7,7 +7,8 @@ classifier over all C classes, and learns from the pixels whose class is in its 
     L_aux^i = sum_{k not in S_i} ||z_i^k||_2 + sum_{k in S_i} p_i^k log(p_i^k / q^k)                (Eq. 3-4)
 
 All experts learn together; the encoder has the gradient of expert 1 only, the others read it through a
-stop-gradient. A short second stage learns how to combine the frozen experts (Eq. 7-9), or a fixed rule does.
+stop-gradient. The auxiliary head of a network that has one belongs to expert 1. A short second stage learns how to
+combine the frozen experts (Eq. 7-9), or a fixed rule does.
 Symbols: z_i (B, C, H, W) logits of expert i, p_i = softmax(z_i), Omega valid pixels, Omega_i those with y in S_i.
 """
 
@@ -32,8 +33,8 @@ from ltseg_core.losses import (
     per_channel,
     per_pixel,
 )
-from ltseg_core.methods.base import PixelCriterion, Stage
-from ltseg_core.models import SegmentationNetwork
+from ltseg_core.methods.base import PixelCriterion, Stage, checked
+from ltseg_core.models import SegmentationNetwork, reinitialise
 from ltseg_core.stats import HEAD_SHARE, TAIL_SHARE, ClassCounts
 
 Sets = Literal["overlap", "disjoint", "disjoint_all", "all"]
@@ -42,6 +43,7 @@ Learned = Literal["moe_mean", "moe_weighted", "moe_logits", "moe_gate"]
 SETS, RULES, LEARNED = get_args(Sets), get_args(Rule), get_args(Learned)
 
 
+@checked
 def build(
     network: SegmentationNetwork,
     counts: ClassCounts,
@@ -81,16 +83,12 @@ def build(
               hundred steps in all would leave it no more than a handful
     initial_weight: w at the start (see LearnedEnsemble); the paper does not say
     threshold: of ensemble="threshold"
-    Raises UserError for a value out of range, contradicting options, a network with an auxiliary head, and for cuts
-    that leave an expert without a class that occurs.
+    An auxiliary head of the network, or the supervision of OCR's regions, stays with expert 1, which is trained with
+    it as in plain cross-entropy, on the pixels of S_1; the other experts have none, so that their own OCR regions
+    learn from their pixels only through the attention.
+    Raises UserError for a value out of range, contradicting options, and cuts that leave an expert without a class
+    that occurs.
     """
-    sets = choose("sets", sets, SETS)  # type: ignore[assignment]
-    share = choose("share", share, ("encoder", "decoder", "nothing"))  # type: ignore[assignment]
-    shared_gradient = choose("shared_gradient", shared_gradient, ("head", "all"))  # type: ignore[assignment]
-    l2 = choose("l2", l2, ("pixel", "class", "none"))  # type: ignore[assignment]
-    l2_pixels = choose("l2_pixels", l2_pixels, ("valid", "own"))  # type: ignore[assignment]
-    kl = choose("kl", kl, ("batch", "pixel", "none"))  # type: ignore[assignment]
-    ensemble = choose("ensemble", ensemble, (*LEARNED, *RULES))  # type: ignore[assignment]
     _require("alpha", alpha, alpha >= 0, ">= 0")
     _require("ensemble_share", ensemble_share, 0 < ensemble_share < 1, "in (0, 1)")
     _require("initial_weight", initial_weight, True, "finite")
@@ -101,7 +99,9 @@ def build(
         raise UserError(f"l2='none' and kl='none' leave nothing for alpha={alpha:g} to weigh: set alpha to 0")
     labels = label_sets(class_groups(counts, shares=shares, cuts=cuts), sets)
     experts = Experts(network, len(labels), share=share, shared_gradient=shared_gradient)
-    criterion = ExpertCriterion(labels, counts, alpha=alpha, l2=l2, l2_pixels=l2_pixels, kl=kl)
+    criterion = ExpertCriterion(
+        labels, counts, alpha=alpha, l2=l2, l2_pixels=l2_pixels, kl=kl, auxiliary_weight=network.auxiliary_weight
+    )
     if ensemble in RULES:
         return [Stage("medoe", Combined(experts, SimpleEnsemble(labels, ensemble, threshold)), criterion)]
     combined = Combined(experts, LearnedEnsemble(len(labels), counts.num_classes, ensemble, initial_weight))
@@ -169,7 +169,7 @@ class ExpertOutput(NamedTuple):
     features: Tensor
     logits: Tensor
     experts: tuple[Tensor, ...]
-    auxiliary: Tensor | None = None  # `build` refuses networks with an auxiliary head
+    auxiliary: Tensor | None = None  # of expert 1
 
 
 class Experts(nn.Module):
@@ -182,30 +182,30 @@ class Experts(nn.Module):
     def __init__(
         self, network: SegmentationNetwork, number: int, *, share: str = "encoder", shared_gradient: str = "head"
     ) -> None:
-        from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
+        from segmentation_models_pytorch.base.initialization import initialize_decoder
 
         super().__init__()
-        if network.auxiliary_weight:
-            raise UserError("medoe cannot train a network with an auxiliary head: leave out the option `auxiliary`")
         self.base, self.share, self.shared_gradient = network, share, shared_gradient
         self.others = nn.ModuleList()
         for _ in range(number - 1):
             # the parts that are shared are left out of the copy
             shared = {"encoder": ["encoder"], "decoder": ["encoder", "decoder", "neck"], "nothing": []}[share]
             own = copy.deepcopy(network, {id(getattr(network, part)): nn.Identity() for part in shared})
+            own.auxiliary, own.auxiliary_weight = None, 0.0
             if share != "decoder":
                 initialize_decoder(own.decoder)
                 initialize_decoder(own.neck)
-            initialize_head(own.classifier)
+            reinitialise(own.classifier)
             self.others.append(own)
 
     def forward(self, image: Tensor) -> ExpertOutput:
         base: Any = self.base
         if self.share == "nothing":
             outputs = [expert(image) for expert in (base, *self.others)]
-            return ExpertOutput(outputs[0].features, outputs[0].logits, tuple(o.logits for o in outputs))
+            first = outputs[0]
+            return ExpertOutput(first.features, first.logits, tuple(o.logits for o in outputs), first.auxiliary)
         maps = base.encode(image)
-        features = base.decode(maps)
+        features, auxiliary = base.decode_with_auxiliary(maps, image)
         if self.share == "decoder":
             seen = self._seen(features)
             every = [features, *(seen for _ in self.others)]
@@ -215,7 +215,7 @@ class Experts(nn.Module):
         experts = tuple(
             base.resize(expert.classifier(own), image) for expert, own in zip((base, *self.others), every, strict=True)
         )
-        return ExpertOutput(features, experts[0], experts)
+        return ExpertOutput(features, experts[0], experts, auxiliary)
 
     def _seen(self, maps: Any) -> Any:
         """What experts 2..K read of the shared part."""
@@ -250,7 +250,10 @@ class Combined(nn.Module):
 
 
 class ExpertCriterion(nn.Module):
-    """sum_i L_ce^i + alpha L_aux^i for labels (K, C) bool; see `build` for the readings of L_aux."""
+    """sum_i L_ce^i + alpha L_aux^i for labels (K, C) bool; see `build` for the readings of L_aux.
+
+    auxiliary_weight: of the cross-entropy of the auxiliary logits, where there are any, over the pixels of S_1
+    """
 
     labels: Tensor
     log_prior: Tensor
@@ -264,8 +267,10 @@ class ExpertCriterion(nn.Module):
         l2: str = "pixel",
         l2_pixels: str = "valid",
         kl: str = "batch",
+        auxiliary_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        self.auxiliary_weight = auxiliary_weight
         self.alpha, self.l2, self.l2_pixels, self.kl = alpha, l2, l2_pixels, kl
         self.narrow = (~labels).any(1).tolist()
         self.register_buffer("labels", labels)
@@ -273,7 +278,10 @@ class ExpertCriterion(nn.Module):
 
     def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
         experts = zip(output.experts, self.labels, self.narrow, strict=True)
-        return torch.stack([self.expert_loss(z, target, labels, narrow) for z, labels, narrow in experts]).sum()
+        loss = torch.stack([self.expert_loss(z, target, labels, narrow) for z, labels, narrow in experts]).sum()
+        if output.auxiliary is None:
+            return loss
+        return loss + self.auxiliary_weight * cross_entropy(output.auxiliary, expert_target(target, self.labels[0]))
 
     def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, narrow: bool) -> Tensor:
         """L^i for z_i (B, C, H, W), y (B, H, W) and S_i (C,) bool; narrow: S_i is not all classes."""

@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltseg_core.config import IGNORE_INDEX, UserError, choose
+from ltseg_core.config import IGNORE_INDEX, UserError
 from ltseg_core.losses import _require, _wide, build_loss, class_sizes
-from ltseg_core.methods.base import PixelCriterion, Stage
+from ltseg_core.methods.base import PixelCriterion, Stage, checked
 from ltseg_core.models import Output, SegmentationNetwork
 from ltseg_core.stats import ClassCounts
 
 DROPOUT = 0.1  # of the hidden-layer head
 
 
+@checked
 def build(
     network: SegmentationNetwork,
     counts: ClassCounts,
@@ -68,17 +69,13 @@ def build(
     classes = counts.num_classes
     _require("weight", weight, weight >= 0, ">= 0")
     _require("smoothing", smoothing, 0 <= smoothing <= 1 - 1 / classes, f"in [0, 1 - 1/{classes}]")
-    prior = choose("prior", prior, ("images", "pixels", "none"))  # type: ignore[assignment]
-    region_scope = choose("region_scope", region_scope, ("image", "batch"))  # type: ignore[assignment]
-    resolution = choose("resolution", resolution, ("features", "labels"))  # type: ignore[assignment]
-    average = choose("average", average, ("batch", "image"))  # type: ignore[assignment]
     if region_scope == "batch" and components:
         raise UserError("components=true splits the classes of one image: use region_scope='image'")
     if region_scope == "batch" and average == "image":
         raise UserError("average='image' needs regions that belong to an image: use region_scope='image'")
     depth = network.feature_channels
     layers: list[nn.Module] = [nn.Linear(depth, classes)]
-    if choose("head", head, ("linear", "hidden")) == "hidden":
+    if head == "hidden":
         layers = [nn.Linear(depth, depth), nn.ReLU(), nn.Dropout(DROPOUT), *layers]
     criterion = RegionCriterion(
         build_loss(pixel_loss, counts),

@@ -9,6 +9,7 @@ A stage with share 0 takes no optimiser step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
 from ltseg_core.losses import Prior, _require, build_loss, class_sizes, one_hot, per_pixel, pixel_nll
-from ltseg_core.methods.base import PixelCriterion, Stage
-from ltseg_core.models import Output, SegmentationNetwork
+from ltseg_core.methods.base import PixelCriterion, Stage, checked
+from ltseg_core.models import Output, SegmentationNetwork, reinitialise
 from ltseg_core.stats import ClassCounts
 
 Balance = Literal["sampling", "weights"]
@@ -27,6 +28,7 @@ Balance = Literal["sampling", "weights"]
 # --- re-trained classifiers --------------------------------------------------------------------------------
 
 
+@checked
 def crt(
     network: SegmentationNetwork, counts: ClassCounts, *, balance: Balance = "sampling", samples: int = 4096
 ) -> list[Stage]:
@@ -42,6 +44,7 @@ def crt(
     return [Stage("crt", network, criterion, frozen=before_classifier(network))]
 
 
+@checked
 def balanced_bound(network: SegmentationNetwork, counts: ClassCounts) -> list[Stage]:
     """DisAlign's bound, the classifier re-trained on balanced data, for segmentation, where no such data exist:
     re-trained on all training pixels, weighted by 1/n_k (scaled to mean 1 over the training pixels).
@@ -52,6 +55,7 @@ def balanced_bound(network: SegmentationNetwork, counts: ClassCounts) -> list[St
     return [Stage("balanced_bound", network, balanced_criterion(counts, "weights"), frozen=before_classifier(network))]
 
 
+@checked
 def lws(
     network: SegmentationNetwork, counts: ClassCounts, *, balance: Balance = "sampling", samples: int = 4096
 ) -> list[Stage]:
@@ -68,6 +72,7 @@ def lws(
 # --- corrections without training --------------------------------------------------------------------------
 
 
+@checked
 def tau_norm(network: SegmentationNetwork, counts: ClassCounts, *, tau: float = 1.0) -> list[Stage]:
     """tau-normalisation: w_k / |w_k|^tau on the finished classifier, no bias (Kang et al., ICLR 2020).
 
@@ -85,6 +90,7 @@ def tau_norm(network: SegmentationNetwork, counts: ClassCounts, *, tau: float = 
     return [untrained("tau_norm", network, counts)]
 
 
+@checked
 def posthoc_logit_adjustment(
     network: SegmentationNetwork, counts: ClassCounts, *, tau: float = 1.0, prior: Prior = "pixel"
 ) -> list[Stage]:
@@ -94,11 +100,12 @@ def posthoc_logit_adjustment(
     Raises UserError for a tau that is not finite, and for another prior.
     """
     _require("tau", tau, True, "finite")
-    sizes = class_sizes(counts, choose("prior", prior, ("pixel", "region")))  # type: ignore[arg-type]
+    sizes = class_sizes(counts, prior)
     network.classifier = PerClassAffine(network.classifier, offset=-tau * (sizes / sizes.sum()).log())
     return [untrained("posthoc_logit_adjustment", network, counts)]
 
 
+@checked
 def ncm(
     network: SegmentationNetwork,
     counts: ClassCounts,
@@ -112,7 +119,6 @@ def ncm(
     """
     classes = network.classifier.out_channels
     classifier = NearestMean(network.feature_channels, classes, distance)
-    choose("labels", labels, ("exact", "nearest"))
 
     def prepare(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         classifier.set_means(*class_means(network, batches, classes, labels=labels))
@@ -267,18 +273,8 @@ def balanced_criterion(counts: ClassCounts, balance: Balance, samples: int = 1) 
 
 
 def before_classifier(network: SegmentationNetwork) -> tuple[nn.Module, ...]:
-    """All of the network but its classifier."""
-    return network.encoder, network.decoder, network.neck
-
-
-def reinitialise(classifier: Any) -> None:
-    """Draw new weights in place, as segmentation_models_pytorch draws those of its heads."""
-    if isinstance(classifier, nn.Conv2d):
-        nn.init.xavier_uniform_(classifier.weight)
-        if classifier.bias is not None:
-            nn.init.zeros_(classifier.bias)
-    else:
-        classifier.reset_parameters()
+    """All of the network but its classifier, an auxiliary head too."""
+    return tuple(module for name, module in network.named_children() if name != "classifier")
 
 
 def untrained(
@@ -310,6 +306,22 @@ def repeat_factors(presence: Tensor, *, threshold: float) -> Tensor:
     present = presence > 0
     share = present.double().mean(0).clamp(min=1 / len(present))  # an absent class is in no image's maximum
     return torch.where(present, (threshold / share).sqrt(), 1.0).amax(1).clamp(min=1)
+
+
+@checked
+def repeat_factor(network: SegmentationNetwork, counts: ClassCounts, *, threshold: float = 0.25) -> list[Stage]:
+    """Cross-entropy of the whole network, in one stage, on images drawn in proportion to their `repeat_factors`.
+
+    threshold: t. LVIS repeats the classes in fewer than 100 of its 100 000 images, t = 0.001, which in less than 1000
+        images repeats nothing, as f_k >= 1/N. The default means the same 100 images where there are 400; a class in
+        only one of them counts 10 times, as there.
+    Images that share a class cannot balance it: the rarest class of CamVid is in 47 % of the images, and t = 0.25
+    draws them evenly. Differs: every batch is drawn anew with replacement, so that it depends on the step alone; the
+    authors' epoch holds image i floor(r_i) or ceil(r_i) times. Raises UserError for a threshold outside (0, 1].
+    """
+    _require("threshold", threshold, 0 < threshold <= 1, "in (0, 1]")
+    criterion = PixelCriterion(build_loss("ce", counts), network.auxiliary_weight)
+    return [Stage("repeat_factor", network, criterion, sampling=partial(repeat_factors, threshold=threshold))]
 
 
 def keep_rates(counts: ClassCounts, quantile: float = 0.0) -> Tensor:
@@ -346,6 +358,7 @@ class Undersampled(nn.Module):
         return self.criterion(output, mask_pixels(target, self.keep))
 
 
+@checked
 def undersampling(network: SegmentationNetwork, counts: ClassCounts, *, quantile: float = 0.0) -> list[Stage]:
     """Cross-entropy of the whole network, in one stage, on pixels thinned to balance the classes: see `keep_rates`.
 
