@@ -265,6 +265,26 @@ class BalancedSoftmax(LogitAdjustment):
         super().__init__(counts, tau=1.0, prior=prior)
 
 
+class VectorScaling(LogitAdjustment):
+    """CE(delta_k z_k + tau log pi_k),  delta_k = (n_k / max_j n_j)^gamma  (Kini et al., VS-loss, NeurIPS 2021).
+
+    The factors shrink the logits of rare classes in training, so that they need a larger margin; they do what the
+    offsets cannot once all training pixels are fitted. gamma 0 is logit adjustment, and with tau 0 cross-entropy.
+    prior: what n_k and pi_k count; counts of 0 enter as 1. Raises UserError for gamma < 0.
+    """
+
+    factors: Tensor
+
+    def __init__(self, counts: ClassCounts, *, gamma: float = 0.15, tau: float = 1.0, prior: Prior = "pixel") -> None:
+        super().__init__(counts, tau=tau, prior=prior)
+        _require("gamma", gamma, gamma >= 0, ">= 0")
+        sizes = class_sizes(counts, prior)
+        self.register_buffer("factors", ((sizes / sizes.max()) ** gamma).to(_TABLE))
+
+    def adjust(self, logits: Tensor, target: Tensor) -> Tensor:
+        return super().adjust(per_channel(self.factors, logits) * logits, target)
+
+
 class LDAM(PixelLoss):
     """CE(s (z - Delta_y e_y), y),  Delta_k = mu n_k^-1/4 / max_j n_j^-1/4  (Cao et al., LDAM, NeurIPS 2019).
 
@@ -565,6 +585,7 @@ LOSSES: dict[str, type[PixelLoss]] = {
     "cb": ClassBalanced,
     "cb_focal": ClassBalancedFocal,
     "balanced_softmax": BalancedSoftmax,
+    "vs": VectorScaling,
     "ldam": LDAM,
     "seesaw": Seesaw,
     "logit_adjustment": LogitAdjustment,

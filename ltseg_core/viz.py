@@ -91,6 +91,7 @@ METHOD_LABELS = {
     "undersampling": "under-sampling",
     "balanced_bound": "balanced bound",
     "repeat_factor": "repeat-factor sampling",
+    "vs": "vector scaling",
 }
 """Append only: the place of a method in this list is its colour, marker, line and hatch in every notebook."""
 METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pixel_acc": "pixel Acc"}

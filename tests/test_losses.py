@@ -118,6 +118,11 @@ def balanced(z, y, tau=1.0, prior="pixel"):
     return -math.log(e[y] / sum(e))
 
 
+def vector_scaling(z, y, gamma=0.15, tau=1.0, prior="pixel"):
+    n = floored(prior)
+    return balanced([v * (n[k] / max(n)) ** gamma for k, v in enumerate(z)], y, tau, prior)
+
+
 def ldam(z, y, mu=0.5, scale=1.0, prior="pixel", weight=None):
     n = floored(prior)
     z = [scale * (v - (mu * (min(n) / n[y]) ** 0.25 if k == y else 0)) for k, v in enumerate(z)]
@@ -220,6 +225,8 @@ CASES = [
     ("balanced_softmax", {"prior": "region"}, average(balanced)),
     ("logit_adjustment", {"tau": 0.6}, average(balanced)),
     ("logit_adjustment", {"tau": -1.5, "prior": "region"}, average(balanced)),
+    ("vs", {}, average(vector_scaling)),
+    ("vs", {"gamma": 0.3, "tau": 0.5, "prior": "region"}, average(vector_scaling)),
     ("ldam", {}, average(ldam)),
     ("ldam", {"mu": 0.3, "scale": 20.0, "prior": "region"}, average(ldam)),
     ("ldam", {"drw": 0.0, "drw_beta": 0.99}, average(lambda z, y, **_: ldam(z, y, weight=drw_weights()))),
@@ -305,6 +312,7 @@ PLAIN = [
     ("cb", {"beta": 0}),
     ("cb_focal", {"beta": 0, "gamma": 0}),
     ("logit_adjustment", {"tau": 0}),
+    ("vs", {"gamma": 0, "tau": 0}),
     ("ldam", {"mu": 0}),
     ("seesaw", {"p": 0, "q": 0}),
     ("blv", {"sigma": 0}),
@@ -322,7 +330,7 @@ def test_plain_cross_entropy(name, hyper):
 
 @pytest.mark.parametrize(
     ("name", "hyper"),
-    [(n, {}) for n in ("weighted_ce", "grw_ce", "cb", "balanced_softmax", "logit_adjustment", "gcl")]
+    [(n, {}) for n in ("weighted_ce", "grw_ce", "cb", "balanced_softmax", "logit_adjustment", "vs", "gcl")]
     + [("cb_focal", {"gamma": 0}), ("seesaw", {"q": 0}), ("blv", {"form": "constant"})],
     ids=str,
 )
@@ -849,6 +857,7 @@ def test_helpers():
         ("weighted_ce", {"normalisation": "mean"}, "normalisation must be 'class' or .*, got 'mean'"),
         ("grw_ce", {"rho": -0.2}, "rho must be >= 0, got -0.2"),
         ("logit_adjustment", {"tau": float("inf")}, "tau must be finite, got inf"),
+        ("vs", {"gamma": -0.1}, "gamma must be >= 0, got -0.1"),
         ("balanced_softmax", {"prior": "pixels"}, "prior must be 'pixel' or 'region', got 'pixels'"),
         ("ldam", {"mu": -1}, "mu must be >= 0"),
         ("ldam", {"scale": 0}, "scale must be > 0, got 0"),
