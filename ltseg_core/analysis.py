@@ -117,17 +117,19 @@ def _compared(
     table = by_method(runs)
     if baseline is None:
         for method, group in table.items():
-            counts = metrics.marginals(counts_of(group, split))
-            yield method, group, partial(metrics.interval, counts, replicates=replicates)
+            yield method, group, partial(metrics.interval, _resampled(group, split, replicates))
         return
     if baseline not in table:
         raise UserError(f"no runs of the baseline {baseline!r} among {', '.join(table)}")
     if len(table) == 1:
         raise UserError(f"only {baseline!r} was run: there is nothing to compare it with")
-    reference = metrics.marginals(counts_of(table.pop(baseline), split))
+    reference = _resampled(table.pop(baseline), split, replicates)
     for method, group in table.items():
-        counts = metrics.marginals(counts_of(group, split))
-        yield method, group, partial(metrics.paired_interval, counts, reference, replicates=replicates)
+        yield method, group, partial(metrics.paired_interval, _resampled(group, split, replicates), reference)
+
+
+def _resampled(group: Sequence[Run], split: str, replicates: int) -> metrics.Resampled:
+    return metrics.resample(counts_of(group, split), replicates=replicates)
 
 
 def _class_columns(run: Run, method: str, metric: str) -> pd.DataFrame:
@@ -284,8 +286,8 @@ def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) ->
     def score(counts: Any) -> Any:
         return first(counts) - sum(term(counts) for term in rest)
 
-    own, other = (metrics.marginals(counts_of(table[m], split)) for m in (part.method, part.baseline))
-    value, low, high = metrics.paired_interval(own, other, score, replicates=replicates)
+    own, other = (_resampled(table[m], split, replicates) for m in (part.method, part.baseline))
+    value, low, high = metrics.paired_interval(own, other, score)
     text = f"{what}: {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     if len(seeds) == 1:
         return f"{text} (one seed)", "open"

@@ -246,8 +246,32 @@ class ConfusionCounts:
         return float(dice_error(self.total()))
 
 
+class Resampled(NamedTuple):
+    """Counts of S seeds and their bootstrap replicates: made once by `resample`, used by the interval of any metric."""
+
+    seeds: Marginals  # (S, C), all images
+    replicates: Marginals  # (S, R, C), as many images drawn with replacement, the same ones for every seed
+    images: int
+
+
+def resample(counts: Array | Marginals | Resampled, *, replicates: int = 2000, seed: int = 0) -> Resampled:
+    """Bootstrap replicates over the images of counts (S, N, C, C), or of their marginals; passes its own result.
+
+    The draw depends on `seed`, `replicates` and N alone, so the replicates of two methods are paired.
+    Raises ValueError for other shapes and replicates < 1.
+    """
+    if isinstance(counts, Resampled):
+        return counts
+    # TP, FP, FN as one array (3, S, N, C): C instead of C^2 numbers per image
+    m = np.stack([v.cpu().numpy() if isinstance(v, Tensor) else v for v in marginals(counts)])
+    if m.ndim != 4 or 0 in m.shape:
+        raise ValueError(f"expected counts of shape (S, N, C, C), none of them 0, got marginals of shape {m.shape[1:]}")
+    drawn = _weights(np.random.default_rng(seed), replicates, m.shape[2])  # (R, N)
+    return Resampled(Marginals(*m.sum(2)), Marginals(*np.matmul(drawn, m)), m.shape[2])
+
+
 def interval(
-    counts: Array | Marginals,
+    counts: Array | Marginals | Resampled,
     metric: Callable[[Array | Marginals], Array] = miou,
     *,
     replicates: int = 2000,
@@ -256,21 +280,21 @@ def interval(
 ) -> tuple[Any, Any, Any]:
     """Score of one method with its interval over test images and training seeds: (value, low, high).
 
-    counts: (S, N, C, C) per training seed and test image, or their marginals;  metric: a function of this module.
+    counts: (S, N, C, C) per training seed and test image, their marginals, or what `resample` made of them (then
+    `replicates` and `seed` are those given there);  metric: a function of this module.
     The score is the mean over seeds of the metric over all images (seeds where it is NaN left out). The images are
     resampled (bootstrap percentiles of that mean, resamples with a NaN left out); the seeds, too few to be resampled,
     enter by Student's t; the two half-widths are added in quadrature. With one seed the interval covers the
     images only, with one image the seeds only; NaN limits where there is one of each. Floats, or (C,) arrays for a
     per-class metric.
     """
-    m = _stacked(counts)
-    scores, samples = _scores(m, metric, _draws(m, replicates, seed))
-    return _with_limits(scores, samples, confidence, images=m.shape[2])
+    drawn = resample(counts, replicates=replicates, seed=seed)
+    return _with_limits(metric(drawn.seeds), _replicated(drawn, metric), confidence, images=drawn.images)
 
 
 def paired_interval(
-    a: Array | Marginals,
-    b: Array | Marginals,
+    a: Array | Marginals | Resampled,
+    b: Array | Marginals | Resampled,
     metric: Callable[[Array | Marginals], Array] = miou,
     *,
     replicates: int = 2000,
@@ -282,32 +306,20 @@ def paired_interval(
     As `interval`, of the differences seed by seed, the images resampled alike for both methods; they must come in
     the same order of seeds and images. Raises ValueError for different or other shapes.
     """
-    both = [_stacked(x) for x in (a, b)]
-    if both[0].shape != both[1].shape:
-        (s, n, c), (s2, n2, c2) = (x.shape[1:] for x in both)
+    x, y = (resample(counts, replicates=replicates, seed=seed) for counts in (a, b))
+    if x.replicates.tp.shape != y.replicates.tp.shape or x.images != y.images:
+        (s, n, c), (s2, n2, c2) = ((len(d.seeds.tp), d.images, d.seeds.tp.shape[1]) for d in (x, y))
         raise ValueError(
             "a and b must come from the same seeds, images and classes, got "
             f"{s} x {n} x {c} and {s2} x {n2} x {c2} (seeds x images x classes)"
         )
-    draws = _draws(both[0], replicates, seed)
-    (scores_a, samples_a), (scores_b, samples_b) = (_scores(m, metric, draws) for m in both)
-    return _with_limits(scores_a - scores_b, samples_a - samples_b, confidence, images=both[0].shape[2])
+    samples = _replicated(x, metric) - _replicated(y, metric)
+    return _with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
 
 
-def _draws(m: np.ndarray, replicates: int, seed: int) -> np.ndarray:
-    """How often each image is drawn in each replicate, (R, N)."""
-    return _weights(np.random.default_rng(seed), replicates, m.shape[2])
-
-
-def _scores(
-    m: np.ndarray, metric: Callable[[Array | Marginals], Array], images: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The metric of each seed, (S,) or (S, C), and replicates of its mean over seeds, (R,) or (R, C).
-
-    m: (3, S, N, C);  images: (R, N)
-    """
-    replicated = metric(Marginals(*np.matmul(images, m)))  # (S, R, [C])
-    return metric(Marginals(*m.sum(2))), nanmean(np.moveaxis(replicated, 0, -1))
+def _replicated(drawn: Resampled, metric: Callable[[Array | Marginals], Array]) -> np.ndarray:
+    """Replicates of the mean over seeds of a metric, (R,) or (R, C)."""
+    return nanmean(np.moveaxis(metric(drawn.replicates), 0, -1))
 
 
 def _with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
@@ -339,14 +351,6 @@ def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) 
         squares / np.maximum(n - 1, 1) / np.maximum(n, 1)
     )
     return _plain(mean), _plain(mean - half), _plain(mean + half)
-
-
-def _stacked(counts: Array | Marginals) -> np.ndarray:
-    """TP, FP, FN as one float64 array (3, S, N, C): C instead of C^2 numbers per image."""
-    m = np.stack([v.cpu().numpy() if isinstance(v, Tensor) else v for v in marginals(counts)])
-    if m.ndim != 4 or 0 in m.shape:
-        raise ValueError(f"expected counts of shape (S, N, C, C), none of them 0, got marginals of shape {m.shape[1:]}")
-    return m
 
 
 def _weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:

@@ -113,11 +113,16 @@ class MethodStyle(NamedTuple):
 
 
 def method_style(name: str) -> MethodStyle:
-    """The one look of a method in every notebook. A name without a place in the list gets one from its letters."""
+    """The one look of a method in every notebook.
+
+    `blv sigma=1`, an arm of a method, has the method's colour, and marker, line and hatch from its letters. A name
+    without a place in the list has everything from its letters.
+    """
     known = list(METHOD_LABELS)
-    place = known.index(name) if name in known else len(known) + zlib.crc32(name.encode()) % 840
-    hue, shade = place % len(_HUES), place // len(_HUES)
     method, *hyper = name.split(" ")
+    place = known.index(name) if name in known else len(known) + zlib.crc32(name.encode()) % 840
+    colour = known.index(method) if method in known else place
+    hue, shade = colour % len(_HUES), colour // len(_HUES)
     return MethodStyle(
         _shaded(_HUES[hue], (0.0, 0.45, -0.4, 0.68)[shade % 4]),
         _MARKERS[place % len(_MARKERS)],

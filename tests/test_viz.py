@@ -80,6 +80,8 @@ def test_every_method_looks_different_and_always_the_same() -> None:
 def test_an_unknown_method_has_a_stable_look_and_importing_viz_is_light() -> None:
     here = viz.method_style("blv sigma=6")
     assert here.label == "BLV sigma=6"
+    assert here.colour == viz.method_colour("blv")
+    assert here.marker != viz.method_style("blv sigma=1").marker
     heavy = ("matplotlib", "seaborn", "torchvision", "timm", "segmentation_models_pytorch")
     code = f"""import sys
 from ltseg_core import viz
