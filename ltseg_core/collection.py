@@ -257,7 +257,8 @@ def launch(task: Mapping[str, Any]) -> dict[str, Any]:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(10)
                 child.kill()
-        child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what a dead child never read is still in the buffer
+            child.stdin.close()
         log.seek(0)
         last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
     status = _status(Path(task["out"]), task["name"])
