@@ -153,6 +153,21 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return wide.loc[list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["metric"]))]
 
 
+def beside_paper(differences: pd.DataFrame, printed: pd.Series, metric: str = "miou") -> pd.DataFrame:
+    """One metric of the differences of `means` as text in points, beside those that a paper prints.
+
+    printed: fractions by method; a method that it lacks gets a dash. Columns: paper, here (with interval), seeds.
+    """
+    rows = differences[differences["metric"] == metric].set_index("method")
+    paper = [f"{100 * v:+.2f}" if v == v else "–" for v in printed.reindex(rows.index)]
+    here = [_signed(*row) for row in rows[["value", "low", "high"]].to_numpy()]
+    return pd.DataFrame({"paper (points)": paper, "here (points)": here, "seeds": rows["seeds"]}, rows.index)
+
+
+def _signed(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def histories(runs: Iterable[Run], metric: str = "loss") -> pd.DataFrame:
     """One quantity of the training histories: method, seed, step, value."""
     frames = []
@@ -288,7 +303,7 @@ def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) ->
 
     own, other = (_resampled(table[m], split, replicates) for m in (part.method, part.baseline))
     value, low, high = metrics.paired_interval(own, other, score)
-    text = f"{what}: {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    text = f"{what}: {_signed(value, low, high)}"
     if len(seeds) == 1:
         return f"{text} (one seed)", "open"
     return text, verdict(low, high, part.expected, margin=part.margin)

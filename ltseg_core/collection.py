@@ -297,6 +297,7 @@ def _run_graph(
     order = graphlib.TopologicalSorter({n.name: n.needs for n in chosen})
     order.prepare()
     running: dict[Future[dict[str, Any]], tuple[str, TaskID]] = {}
+    started: set[str] = set()
 
     def finish(name: str, state: Any, status: Mapping[str, Any]) -> None:
         good = state in ("finished", "up to date")
@@ -313,8 +314,6 @@ def _run_graph(
                     if name in fresh:
                         finish(name, "up to date", _status(Path(tasks[name]["out"]), name))
                     else:
-                        if bars.disable:
-                            say(f"{name}: started")
                         running[executor.submit(launch, tasks[name])] = (name, bars.add_task(name, total=None))
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                     name, bar = running.pop(future)
@@ -324,8 +323,11 @@ def _run_graph(
                     except Exception as error:  # e.g. the Dask worker was lost
                         ended = {"state": "failed", "error": _sentence(error)}
                     finish(name, ended["state"], ended)
-                for name, bar in running.values():
+                for future, (name, bar) in running.items():
                     status = _status(Path(tasks[name]["out"]), name)
+                    if bars.disable and future.running() and name not in started:  # no longer waits for a worker
+                        say(f"{name}: started")
+                        started.add(name)
                     bars.update(bar, completed=status.get("cell", 0), total=status.get("cells"))
     except BaseException:
         alive.unlink()  # stops every process that `launch` watches, here or on the cluster

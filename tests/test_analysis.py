@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -228,3 +229,13 @@ def test_readable_tables(runs):
     value, low, high = (round(100 * row[c], 1) for c in ("value", "low", "high"))
     assert text.loc["ce", "miou"] == f"{value:.1f} [{low:.1f}, {high:.1f}]"
     assert list(text.index) == ["ce", "blv sigma=4"]
+    changes = analysis.means(runs, baseline="ce", replicates=50)
+    row = changes.set_index(["method", "metric"]).loc[("blv sigma=4", "macc")]
+    value, low, high = (100 * row[c] for c in ("value", "low", "high"))
+    beside = analysis.beside_paper(changes, pd.Series({"ce": 0.5, "blv sigma=4": -0.0123}), "macc")
+    assert beside.to_dict("list") == {
+        "paper (points)": ["-1.23"],
+        "here (points)": [f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"],
+        "seeds": [row["seeds"]],
+    }
+    assert analysis.beside_paper(changes, pd.Series(dtype=float))["paper (points)"].tolist() == ["–"]
