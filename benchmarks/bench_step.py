@@ -32,7 +32,7 @@ from ltseg_core.methods import METHODS, build_method
 from ltseg_core.methods.base import Stage
 from ltseg_core.models import build_model
 from ltseg_core.stats import ClassCounts
-from ltseg_core.train import Learner, _optimizer
+from ltseg_core.train import Learner, build_optimizer
 
 CLASSES = 11
 Step = Callable[[], Tensor]
@@ -43,7 +43,7 @@ def stage_step(e: config.Experiment, image: Tensor, target: Tensor, stage: Stage
     learner = Learner(stage).to(image.device).train()
     for module in stage.frozen:
         module.requires_grad_(False).eval()
-    optimizer = _optimizer(learner, e)
+    optimizer = build_optimizer(learner, e)
 
     def step() -> Tensor:
         with autocast(image.device, e.precision):

@@ -411,7 +411,7 @@ def _keys(chosen: Sequence[Notebook], values: Mapping[str, Any], env: Mapping[st
     data = Path(env["LTSEG_DATA"])
     surroundings = [
         _code(PACKAGE),
-        sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions()),
+        sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}),  # some are found twice
         [sys.version, env],
         sorted(p.name for p in data.iterdir()) if data.is_dir() else [],  # a data set that arrives is used
     ]

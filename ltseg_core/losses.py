@@ -43,9 +43,11 @@ def build_loss(name: str, counts: ClassCounts, **hyper: Any) -> PixelLoss:
     """The loss `name` (a key of `LOSSES`) for a training set with these class counts.
 
     Raises UserError for an unknown name or hyper-parameter (naming the nearest valid one), a wrong type or a
-    value out of range. Bad counts are refused by ClassCounts itself.
+    value out of range, and for counts that are all zero. Other bad counts are refused by ClassCounts itself.
     """
     name = choose("loss", name, LOSSES)
+    if not counts.pixels.any():
+        raise UserError(f"the counts of all {counts.num_classes} classes are 0: there is nothing to learn from")
     return LOSSES[name](counts, **check_options(f"hyper-parameter of loss {name!r}", hyper, LOSSES[name]))
 
 
@@ -91,6 +93,12 @@ class PixelLoss(nn.Module):
     def __init__(self, counts: ClassCounts) -> None:
         super().__init__()
         self.num_classes = counts.num_classes
+
+    def observe(self, pseudo_labels: Tensor) -> None:
+        """A training loop may show the pseudo-labels (B, H, W) of each step here, for a loss that counts them."""
+
+    def end_epoch(self) -> None:
+        """Called after each pass over the images without labels."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         if logits.ndim != 4 or not logits.is_floating_point() or logits.shape[1] != self.num_classes:
@@ -144,7 +152,7 @@ class WeightedCrossEntropy(PixelLoss):
         super().__init__(counts)
         _require("power", power, power >= 0, ">= 0")
         self.normalisation = normalisation
-        weight = class_sizes(counts, prior).pow(-power)
+        weight = class_sizes(counts, prior, "rarest").pow(-power)
         if normalisation == "pixel":
             pixels = class_sizes(counts, "pixel")
             weight = weight * pixels.sum() / (weight * pixels).sum()
@@ -208,7 +216,7 @@ class ClassBalanced(PixelLoss):
 
     def __init__(self, counts: ClassCounts, *, beta: float = 0.9999, prior: Prior = "region") -> None:
         super().__init__(counts)
-        sizes = class_sizes(counts, prior)
+        sizes = class_sizes(counts, prior, "rarest")
         weight = effective_number_weights(sizes, beta)
         if beta > 0 and weight.max() < 1.01 * weight.min() and sizes.max() > 1.01 * sizes.min():
             warnings.warn(
@@ -313,9 +321,9 @@ class LDAM(PixelLoss):
         _require("scale", scale, scale > 0, "> 0")
         _require("drw", drw, drw is None or 0 <= drw <= 1, "in [0, 1] or null")
         self.scale, self.drw = scale, drw
-        rarity = class_sizes(counts, prior).pow(-0.25)
+        rarity = class_sizes(counts, prior, "rarest").pow(-0.25)
         self.register_buffer("margin", mu * rarity / rarity.max())
-        images = class_sizes(counts, "region")
+        images = class_sizes(counts, "region", "rarest")
         self.register_buffer("weight", effective_number_weights(images, drw_beta, "drw_beta"))
 
     def adjust(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -442,13 +450,16 @@ class BLV(PixelLoss):
         logit of rare classes: at the optimum E softmax(z + a delta) is the posterior.
     reference: "sum" as Eq. 3, "max" log(max_j q_j / q_k), the authors' first commit: no noise on the head.
     permute: seed of a permutation of the counts over the classes, a control for what they contribute.
-    `set_counts` replaces the counts, e.g. by those of pseudo-labels after an epoch (Eq. 4).
+    pseudo: after each epoch over the images without labels q are the pixels of their pseudo-labels in it (Eq. 4), as
+        the batches showed them: cropped, unsure ones left out. In the first epoch, and without such images, q are
+        the labelled pixels. With several processes those of the first one's images count.
 
     With equal counts the amplitude is 1 for all classes ("sum"; noise remains) or 0 ("max").
     Differs: the authors' code draws on the CPU and averages over all pixels, the ignored ones included.
     """
 
     amplitude: Tensor  # (C,)
+    seen: Tensor  # (2, C) pixels and images of the pseudo-labels in this epoch
 
     def __init__(
         self,
@@ -463,22 +474,39 @@ class BLV(PixelLoss):
         reference: Literal["sum", "max"] = "sum",
         prior: Prior = "pixel",
         permute: int | None = None,
+        pseudo: bool = False,
     ) -> None:
         super().__init__(counts)
         _require("sigma", sigma, sigma >= 0, ">= 0")
+        if not balance and (permute is not None or pseudo):
+            raise UserError("balance=False takes no counts: leave out permute and pseudo")
         if temporal and form not in ("gaussian", "mean"):
             raise UserError(f"temporal changes sigma, which form={form!r} does not have: use form='gaussian'")
         self.sigma, self.form, self.clamp, self.temporal = sigma, form, clamp, temporal
         self.balance, self.sign, self.reference = balance, sign, reference
-        self.prior, self.permute = prior, permute
+        self.prior, self.permute, self.pseudo = prior, permute, pseudo
         self.register_buffer("amplitude", torch.ones(self.num_classes, dtype=_TABLE))
+        if pseudo:
+            self.register_buffer("seen", torch.zeros(2, self.num_classes, dtype=torch.int64))
         self.set_counts(counts)
+
+    def observe(self, pseudo_labels: Tensor) -> None:
+        if self.pseudo:
+            pixels = pixels_of_classes(pseudo_labels.long(), self.num_classes)[1][:, :-1]
+            self.seen += torch.stack([pixels.sum(0), (pixels > 0).sum(0)])
+
+    def end_epoch(self) -> None:
+        if self.pseudo:
+            counts = ClassCounts(*self.seen.to("cpu", copy=True))
+            if counts.pixels.any():
+                self.set_counts(counts)
+            self.seen.zero_()
 
     def set_counts(self, counts: ClassCounts) -> None:
         """Take the amplitudes from these counts. Raises ValueError for another number of classes."""
         if counts.num_classes != self.num_classes:
             raise ValueError(f"expected counts of {self.num_classes} classes, got {counts.num_classes}")
-        amplitude = variation_amplitude(class_sizes(counts, self.prior), self.reference)
+        amplitude = variation_amplitude(class_sizes(counts, self.prior, "rarest"), self.reference)
         if self.permute is not None:
             generator = torch.Generator().manual_seed(self.permute)
             amplitude = amplitude[torch.randperm(self.num_classes, generator=generator)]
@@ -517,7 +545,7 @@ class GCL(PixelLoss):
         _require("margin", margin, margin >= 0, ">= 0")
         _require("scale", scale, scale > 0, "> 0")
         self.sigma, self.margin, self.scale = sigma, margin, scale
-        self.register_buffer("amplitude", -variation_amplitude(class_sizes(counts, prior), "max"))
+        self.register_buffer("amplitude", -variation_amplitude(class_sizes(counts, prior, "rarest"), "max"))
 
     def adjust(self, logits: Tensor, target: Tensor) -> Tensor:
         z = add_variation(logits, self.amplitude, "gaussian", self.sigma, "code")
@@ -565,17 +593,12 @@ class PAT(PixelLoss):
             nll = nll * ((1 - p - self.epsilon) / self.temperature).exp()
         if not self.mask_size:
             return mean_over_valid(nll, target)
-        # one bin for each image and class, and one more in each image for its ignored pixels
-        bins = target.clamp(max=self.num_classes) + (self.num_classes + 1) * torch.arange(
-            len(target), device=target.device
-        ).view(-1, 1, 1)
-        size = target.new_zeros(len(target) * (self.num_classes + 1))
-        size.scatter_add_(0, bins.flatten(), torch.ones_like(bins).flatten())
-        present = (size.view(len(target), -1)[:, :-1] > 0).sum(1)  # classes in each image
+        bins, size = pixels_of_classes(target, self.num_classes)
+        present = (size[:, :-1] > 0).sum(1)  # classes in each image
         weight = size.clamp(min=1).to(nll.dtype).reciprocal()
         if self.mean_over_classes:
-            weight = (weight.view(len(target), -1) / present.clamp(min=1).unsqueeze(1)).flatten()
-        return (weight[bins] * nll).sum() / (present > 0).sum().clamp(min=1)
+            weight = weight / present.clamp(min=1).unsqueeze(1)
+        return (weight.flatten()[bins] * nll).sum() / (present > 0).sum().clamp(min=1)
 
 
 LOSSES: dict[str, type[PixelLoss]] = {
@@ -602,9 +625,28 @@ LOSSES: dict[str, type[PixelLoss]] = {
 # --- the mathematics shared by several losses --------------------------------------------------------------
 
 
-def class_sizes(counts: ClassCounts, prior: Prior) -> Tensor:
-    """max(n_k, 1) of pixels or images, (C,) on the CPU."""
-    return (counts.images if prior == "region" else counts.pixels).to("cpu", _TABLE).clamp(min=1)
+def class_sizes(counts: ClassCounts, prior: Prior, absent: Literal["one", "rarest"] = "one") -> Tensor:
+    """n_k of pixels or images, (C,) on the CPU. A class that never occurs counts as 1: its logarithm stays finite.
+
+    absent="rarest": it counts as the rarest class that occurs, so that it cannot set the scale of the others. So in
+    weights, margins and noise, which are divided by a sum or a largest value over all classes.
+    """
+    sizes = (counts.images if prior == "region" else counts.pixels).to("cpu", _TABLE)
+    floor = sizes.where(sizes > 0, sizes.max()).min() if absent == "rarest" else torch.ones((), dtype=_TABLE)
+    return sizes.clamp(min=floor.clamp(min=1))
+
+
+def pixels_of_classes(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Bin of every pixel, and how many pixels of each class an image has. (B, H, W) -> (B, H, W), (B, C + 1)
+
+    The second is counted on the device, without waiting for it; its last column are the ignored pixels, and the bins
+    are places in it, flattened.
+    """
+    first = (classes + 1) * torch.arange(len(target), device=target.device).view(-1, 1, 1)
+    bins = target.clamp(max=classes) + first
+    size = target.new_zeros(len(target) * (classes + 1))
+    size.scatter_add_(0, bins.flatten(), torch.ones_like(bins).flatten())
+    return bins, size.view(len(target), -1)
 
 
 def effective_number_weights(sizes: Tensor, beta: float, name: str = "beta") -> Tensor:

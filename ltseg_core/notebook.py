@@ -30,6 +30,8 @@ class Notebook:
     path: Path
     question: str
     """The first heading."""
+    answer: str
+    """The first words in bold: how the first paragraph answers."""
     needs: tuple[str, ...]
     """Names of the notebooks that run before it: `{"ltseg": {"needs": [...]}}` in the notebook's metadata."""
     parameters: Mapping[str, Any] | None
@@ -41,11 +43,13 @@ def read(path: Path) -> Notebook:
     nb = _load(path)
     text = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
     heading = re.search(r"^#+\s+(.+?)\s*$", text, re.MULTILINE)
+    bold = re.search(r"\*\*(.+?)\*\*", text, re.DOTALL)
     tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
     return Notebook(
         name=path.stem,
         path=path.resolve(),
         question=heading[1] if heading else path.stem,
+        answer=" ".join(bold[1].split()) if bold else "",
         needs=tuple(nb["metadata"].get("ltseg", {}).get("needs", ())),
         parameters=_literals(path, "".join(tagged[0]["source"])) if tagged else None,
     )

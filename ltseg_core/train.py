@@ -94,7 +94,12 @@ def fit(
         "workers": workers,
         "progress": progress,
     }
-    start_from = fit(replace(experiment, method=method.first, hyper={}), **place) if method.first else None
+    start_from = None
+    if method.first:
+        first = replace(experiment, method=method.first, hyper={})
+        if results.find(first, runs) is None:
+            _refuse_bad_options(experiment)
+        start_from = fit(first, **place)
 
     with results.writing(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -313,6 +318,7 @@ class Training:
             **e.model_options,
         )  # fmt: skip
         if start_from is not None:
+            _check_same_data(start_from, whole.classes, counts)
             network.load_state_dict(start_from.weights())
             self.log(f"starts from the run {start_from.experiment.key()} ({start_from.experiment.method})")
         stages = build_method(e.method, network, counts, e.hyper)
@@ -354,7 +360,7 @@ class Training:
             for module in _batch_norms(learner):
                 module.requires_grad_(False)
         teacher = copy.deepcopy(learner.network).requires_grad_(False).eval() if e.ema_decay else None
-        return State(number, learner, _optimizer(learner, e), teacher, loss, evaluations, start)
+        return State(number, learner, build_optimizer(learner, e), teacher, loss, evaluations, start)
 
     def _train(self, state: State, stage: Stage, start: int, stop: int) -> None:
         e, learner = self.e, state.learner
@@ -371,15 +377,20 @@ class Training:
         for module in (*stage.frozen, *(_batch_norms(learner) if e.freeze_batch_norm else ())):
             module.eval()
         self.bar.update(state.step - self.bar.n)
-        scheduled = [m for m in learner.criterion.modules() if isinstance(m, PixelLoss)]
+        losses = [m for m in learner.criterion.modules() if isinstance(m, PixelLoss)]
         for step in range(state.step, stop):
-            for loss_module in scheduled:
+            for loss_module in losses:
                 loss_module.progress = (step - start) / max(1, stop - start - 1)
             torch.manual_seed(_mix(e.seed, 5, step, self.rank))  # dropout, noise: a function of the step alone
             for group in state.optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(e, step - start, stop - start)
             image, target = augment(self._to_device(next(batches)), self._draw(step, 2, e.colour), e.crop)
             pseudo = self._pseudo(state.teacher, next(others), step) if others and state.teacher is not None else None
+            if pseudo is not None:
+                for loss_module in losses:
+                    loss_module.observe(pseudo[1])
+                    if (step + 1) * e.batch_size // len(self.unlabelled) > step * e.batch_size // len(self.unlabelled):
+                        loss_module.end_epoch()
             with evaluate.autocast(self.device, e.precision):
                 loss = ddp(image, target, pseudo)
             state.optimizer.zero_grad(set_to_none=True)
@@ -552,7 +563,7 @@ def _mix(*key: int) -> int:
     return generator(*key).initial_seed()
 
 
-def _optimizer(learner: Learner, e: Experiment) -> torch.optim.Optimizer:
+def build_optimizer(learner: Learner, e: Experiment) -> torch.optim.Optimizer:
     """SGD or AdamW over all trainable parameters; those of the encoder with their own learning rate."""
     encoder = {id(p) for name, p in learner.named_parameters() if ".encoder." in f".{name}"}
     trainable = [p for p in learner.parameters() if p.requires_grad]
@@ -592,6 +603,29 @@ def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float) -> Tensor:
     """
     confidence, label = logits.softmax(1).max(1)
     return torch.where((confidence >= threshold) & (inside != IGNORE_INDEX), label, IGNORE_INDEX)
+
+
+def _refuse_bad_options(e: Experiment) -> None:
+    """Build the method for two classes: what it refuses should not wait until its first stage is trained."""
+    network = build_model(e.architecture, e.encoder, 2, **e.model_options)
+    build_method(e.method, network, stats.ClassCounts(torch.tensor([2, 1]), torch.tensor([2, 1])), e.hyper)
+
+
+def _check_same_data(first: Run, classes: Sequence[str], counts: stats.ClassCounts) -> None:
+    known = first.counts()
+    changed = [
+        name
+        for name, same in (
+            ("class list", list(first.classes) == list(classes)),
+            ("labelled pixels of the classes", known.pixels.equal(counts.pixels.to(known.pixels))),
+        )
+        if not same
+    ]
+    if changed:
+        raise UserError(
+            f"the run {first.path} ({first.experiment.method}), from which this method starts, was trained on other"
+            f" data: {changed[0]} of {first.experiment.dataset} changed since. Delete that folder and run again"
+        )
 
 
 def _check_finite(loss: Tensor, first: int, e: Experiment) -> None:

@@ -26,7 +26,7 @@ DEFAULTS = 'profile = "quick"\nseeds = [0, 1]\nlr = 0.1\nsteps: int = -3  # a co
 
 def write(folder, name, *cells, parameters=DEFAULTS, needs=()):
     folder.mkdir(exist_ok=True)
-    nb = new_notebook(cells=[new_markdown_cell(f"# What does {name} ask?")])
+    nb = new_notebook(cells=[new_markdown_cell(f"# What does {name} ask?\n\n**It asks\nnothing.** Or **does** it?")])
     if parameters is not None:
         nb.cells.append(new_code_cell(parameters, metadata={"tags": ["parameters"]}))
     nb.cells += [new_code_cell(cell) for cell in cells]
@@ -80,7 +80,7 @@ def test_notebooks_are_listed_by_number_with_question_needs_and_defaults(folder)
     write(folder, "draft")
     first, second = notebooks(folder)
     assert (first.name, first.parameters, first.needs) == ("01_first", None, ())
-    assert second.question == "What does 02_second ask?"
+    assert (second.question, second.answer) == ("What does 02_second ask?", "It asks nothing.")
     assert second.needs == ("01_first",)
     assert second.parameters == {
         "profile": "quick",
@@ -115,7 +115,9 @@ def test_needs_must_exist_and_not_go_round_in_a_circle(folder):
 
 
 def test_select_by_name_number_and_part(folder):
-    available = [collection.Notebook(n, Path(n), "?", (), {}) for n in ("01_tail_statistics", "02_train", "10_tails")]
+    available = [
+        collection.Notebook(n, Path(n), "?", "", (), {}) for n in ("01_tail_statistics", "02_train", "10_tails")
+    ]
     names = lambda *given: [n.name for n in select(given, available)]  # noqa: E731
     assert names() == [n.name for n in available]
     assert names("02_train", "01") == ["01_tail_statistics", "02_train"]
@@ -240,6 +242,15 @@ def test_importing_the_module_is_cheap():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_committed_notebooks_are_as_they_were_run(path):
     assert check_published(path) is None
+
+
+def test_the_readme_lists_the_notebooks_with_their_answers():
+    table = (REPOSITORY / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| [")]
+    found = [(name.partition("]")[0].lstrip("["), question, answer) for name, question, answer, _ in rows]
+    listed = notebooks(REPOSITORY / "notebooks")
+    assert found == [(n.name, n.question, n.answer) for n in listed]
+    assert all(n.answer for n in listed)
 
 
 # ----------------------------------------------------------------------------------------------- execution

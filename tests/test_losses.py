@@ -641,6 +641,25 @@ def test_blv_permuted_and_replaced_counts():
         plain.set_counts(ClassCounts(torch.tensor([1, 2]), torch.tensor([1, 2])))
 
 
+def test_blv_counts_pseudo_labels():
+    """An epoch's counts are those of all its label maps; one without any changes nothing."""
+    loss = build_loss("blv", COUNTS, pseudo=True)
+    first, (_, y) = loss.amplitude.clone(), batch()
+    loss.observe(y[:2])
+    loss.observe(y[2:])
+    assert torch.equal(loss.amplitude, first)
+    loss.end_epoch()
+    images = torch.stack([(y == k).flatten(1).any(1).sum() for k in range(C)])
+    counts = ClassCounts(torch.stack([(y == k).sum() for k in range(C)]), images)
+    assert torch.equal(loss.amplitude, build_loss("blv", counts).amplitude)
+    assert not torch.equal(loss.amplitude, first)
+    loss.observe(torch.full_like(y, IGNORE_INDEX))
+    loss.end_epoch()
+    assert torch.equal(loss.amplitude, build_loss("blv", counts).amplitude)
+    with pytest.raises(UserError, match="balance=False takes no counts"):
+        build_loss("blv", COUNTS, balance=False, permute=1)
+
+
 def test_first_commit_gives_no_noise_to_the_head():
     assert build_loss("blv", COUNTS, reference="max").amplitude[0] == 0
     assert build_loss("gcl", COUNTS).amplitude[0] == 0
@@ -749,7 +768,7 @@ def test_integer_types_of_the_target(kind):
 @settings(max_examples=25, deadline=None)
 @given(
     order=st.permutations(range(C)),
-    sizes=st.lists(st.integers(0, 10**8), min_size=C, max_size=C),
+    sizes=st.lists(st.integers(0, 10**8), min_size=C, max_size=C).filter(any),
     seed=st.integers(0, 1000),
 )
 def test_class_permutation_invariance(order, sizes, seed):
@@ -773,7 +792,7 @@ def test_class_permutation_invariance(order, sizes, seed):
     seed=st.integers(0, 10**6),
     scale=st.floats(0, 50),
     shift=st.floats(-100, 100),
-    sizes=st.lists(st.integers(0, 10**9), min_size=C, max_size=C),
+    sizes=st.lists(st.integers(0, 10**9), min_size=C, max_size=C).filter(any),
 )
 def test_properties(seed, scale, shift, sizes):
     """Finite and >= 0, unchanged by the order of the images and by a constant added to all logits.
@@ -902,6 +921,23 @@ def test_bad_hyper_parameters(name, hyper, message):
 def test_bad_counts(pixels, images, message):
     with pytest.raises(ValueError, match=message):
         build_loss("balanced_softmax", ClassCounts(torch.tensor(pixels), torch.tensor(images)))
+
+
+def test_counts_that_are_all_zero_are_refused():
+    with pytest.raises(UserError, match="the counts of all 3 classes are 0"):
+        build_loss("ce", ClassCounts(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("name", ["weighted_ce", "grw_ce", "cb", "cb_focal", "ldam", "blv", "gcl"])
+def test_an_absent_class_does_not_set_the_scale_of_the_others(name):
+    """It weighs what the rarest class that occurs weighs."""
+    absent = ClassCounts(torch.tensor([9_000_000, 400_000, 35_000, 0]), torch.tensor([300, 200, 40, 0]))
+    doubled = ClassCounts(torch.tensor([9_000_000, 400_000, 35_000, 35_000]), torch.tensor([300, 200, 40, 40]))
+    found, expected = build_loss(name, absent).state_dict(), build_loss(name, doubled).state_dict()
+    assert found
+    for key, table in found.items():
+        assert torch.equal(table, expected[key])
+        assert table.abs().max() >= 0.5  # LDAM's largest margin is mu = 0.5, all others reach 1
 
 
 @pytest.mark.parametrize("name", LOSSES)

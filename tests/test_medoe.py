@@ -1,6 +1,7 @@
 """MEDOE: label sets, who teaches the encoder, the auxiliary loss, the ensembles and the oracle."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -32,7 +33,7 @@ from ltseg_core.methods.medoe import (
     prior_divergence,
     restricted_prediction,
 )
-from ltseg_core.models import SegmentationNetwork
+from ltseg_core.models import SegmentationNetwork, build_model
 from ltseg_core.stats import ClassCounts
 
 C = 6
@@ -317,6 +318,16 @@ def test_what_experts_own():
             if share == "encoder":
                 single.decoder = second.decoder
             assert torch.equal(output.experts[1], single(images()[0]).logits)
+
+
+@pytest.mark.parametrize("architecture", ["Linknet", "FPN", "DeepLabV3Plus"])
+def test_every_kernel_of_a_decoder_of_its_own_is_drawn_anew(architecture):
+    base = build_model(architecture, "tu-mobilenetv3_small_050", C)
+    experts = Experts(base, 3)
+    kernels = {name for name, p in base.decoder.named_parameters() if p.ndim == 4}
+    own = [dict(network.decoder.named_parameters()) for network in (base, *experts.others)]
+    for name in kernels:
+        assert not any(torch.equal(a[name], b[name]) for a, b in itertools.combinations(own, 2)), name
 
 
 def test_one_expert_trains_the_network_of_plain_cross_entropy():

@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from filelock import FileLock, Timeout
@@ -27,6 +28,7 @@ from torch import nn
 from ltseg_core import data, evaluate, metrics, parallel, results, stats, train
 from ltseg_core.config import Experiment, UserError
 from ltseg_core.data.batches import BatchOrder, augment, collate, draw, generator
+from ltseg_core.losses import BLV
 from ltseg_core.methods import METHODS, build_method
 from ltseg_core.models import build_model
 from ltseg_core.train import (
@@ -141,9 +143,14 @@ def _start(experiment, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_killed_at_random_moments_gives_the_undisturbed_weights(tiny, tmp_path, ema):
-    e = tiny(steps=40, checkpoint_every=3, ema_decay=ema)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema_decay": 0.9}, {"ema_decay": 0.9, "labelled_images": 3, "pseudo_threshold": 0.0, "method": "blv"}],
+    ids=["plain", "teacher", "pseudo-labels"],
+)
+def test_killed_at_random_moments_gives_the_undisturbed_weights(tiny, tmp_path, changes):
+    hyper = {"pseudo": True} if "method" in changes else {}
+    e = tiny(steps=40, checkpoint_every=3, hyper=hyper, **changes)
     whole = fit(e, runs=tmp_path / "whole")
     runs, rng, kills = tmp_path / "killed", random.Random(7), 0
     checkpoint = runs / f"{e.key()}.partial" / "checkpoint.safetensors"
@@ -232,6 +239,39 @@ def test_damaged_weights_are_named(tiny):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"model.safetensors is damaged .*delete .* and run again"):
         fit(tiny(method="tau_norm"))  # starts from it
+
+
+@pytest.mark.parametrize(("what", "message"), [("names", "class list"), ("labels", "labelled pixels")])
+def test_a_first_stage_of_other_data_is_refused(tiny, tmp_path, what, message):
+    """The data folder changed between the two stages."""
+    root = tmp_path / "changing"
+    shutil.copytree(tiny().dataset, root)
+    e = replace(tiny(), dataset=str(root))
+    run = fit(e)
+    if what == "names":
+        table = pd.read_csv(root / "classes.csv")
+        table.assign(class_name=[f"new {name}" for name in table["class_name"]]).to_csv(
+            root / "classes.csv", index=False
+        )
+    else:
+        Image.fromarray(np.full((32, 48), 3, np.uint8)).save(root / "train/labels/000.png")
+    with pytest.raises(UserError, match=rf"{run.path} \(ce\).*trained on other data: {message}.*[Dd]elete that folder"):
+        fit(replace(e, method="lws"))
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper", "message"),
+    [
+        ("disalign", {"rho": -1}, "rho must be"),
+        ("disalign", {"magnitude": False, "margin": False}, "nothing is calibrated"),
+        ("tau_norm", {"tau": -1}, "tau must be"),
+        ("crt", {"samples": 0}, "samples must be"),
+    ],
+)
+def test_a_second_stage_is_refused_before_the_first_is_trained(tiny, tmp_path, method, hyper, message):
+    with pytest.raises(UserError, match=message):
+        fit(tiny(method=method, hyper=hyper), runs=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_diverging_loss_says_where_and_what_to_try(tiny):
@@ -499,6 +539,21 @@ def test_unlabelled_stream_without_weight_or_labels_is_supervised_training(tiny,
     used = fit(replace(e, **frozen))
     assert used.history["value"][0] > supervised.history["value"][0]
     assert not same(_learned(used), _learned(supervised))
+
+
+def test_pseudo_labels_are_counted_over_one_epoch_each(tiny, monkeypatch):
+    """Three images without labels, two a step: `end_epoch` comes in every third image's step, after its labels."""
+    seen, counted = [], []
+    observe, set_counts = BLV.observe, BLV.set_counts
+    monkeypatch.setattr(BLV, "observe", lambda self, y: (seen.append(y.clone()), observe(self, y))[1])
+    monkeypatch.setattr(BLV, "set_counts", lambda self, c: (counted.append((len(seen), c)), set_counts(self, c))[1])
+    fit(tiny(method="blv", hyper={"pseudo": True}, labelled_images=3, ema_decay=0.5, pseudo_threshold=0.0, steps=6))
+    assert [steps for steps, _ in counted] == [0, 2, 3, 5, 6]
+    for (start, _), (stop, counts) in itertools.pairwise(counted):
+        labels = torch.cat(seen[start:stop])
+        images = torch.stack([(labels == k).flatten(1).any(1).sum() for k in range(4)])
+        assert counts.pixels.tolist() == [(labels == k).sum().item() for k in range(4)]
+        assert counts.images.tolist() == images.tolist()
 
 
 def test_labels_of_the_unlabelled_images_are_never_looked_at(tiny, tmp_path):

@@ -70,7 +70,8 @@ def build(
     sets:     "overlap" S_i = groups i..K; "disjoint" S_i = group i; "disjoint_all" so, but S_1 = all classes (the
               paper's arm without overlap is one of the two); "all" S_i = all classes
     share:    what the experts have in common: the "encoder"; the "decoder" too, so that only classifiers differ
-              (arm MCN); or "nothing", K whole networks (arm ME, with sets="all", alpha=0, ensemble="average")
+              (arm MCN); or "nothing", K whole networks (arm ME, with sets="all", alpha=0, ensemble="average"), whose
+              encoders start from the same weights, as pretrained ones do
     shared_gradient: the common part learns from expert 1, the "head" expert, or from "all"
     alpha:    weight of L_aux; 0.2 in the paper
     l2:       what the norm of Eq. 3 is over. "pixel": ||z_iu over k not in S_i||_2 of each pixel, averaged; "class":
@@ -80,7 +81,8 @@ def build(
               mean of p_i over Omega_i ("batch"), or that of each "pixel", averaged. The latter penalises confidence
     ensemble: of `LearnedEnsemble` (trained) or `SimpleEnsemble` (one stage only)
     ensemble_share: of the steps for the second stage; 1.6k / 81.6k = 0.02 in the paper, more here, as a few
-              hundred steps in all would leave it no more than a handful
+              hundred steps in all would leave it no more than a handful. Differs: the paper adds them to those of the
+              first stage, here every method has the same number of steps
     initial_weight: w at the start (see LearnedEnsemble); the paper does not say
     threshold: of ensemble="threshold"
     An auxiliary head of the network, or the supervision of OCR's regions, stays with expert 1, which is trained with
@@ -176,7 +178,7 @@ class Experts(nn.Module):
     """K experts that share the encoder, the encoder and decoder, or nothing of a network.
 
     forward: images (B, 3, H, W) -> ExpertOutput, with the logits of expert 1. Expert 1 is the network itself; what the
-    others have of their own is copied from it and drawn anew.
+    others have of their own is copied from it and drawn anew, but for the encoder.
     """
 
     def __init__(
@@ -193,6 +195,9 @@ class Experts(nn.Module):
             own = copy.deepcopy(network, {id(getattr(network, part)): nn.Identity() for part in shared})
             own.auxiliary, own.auxiliary_weight = None, 0.0
             if share != "decoder":
+                for module in own.decoder.modules():
+                    if isinstance(module, nn.ConvTranspose2d):  # the library's initialisation leaves them out
+                        module.reset_parameters()
                 initialize_decoder(own.decoder)
                 initialize_decoder(own.neck)
             reinitialise(own.classifier)

@@ -8,7 +8,8 @@ Training adds a branch that classifies the mean decoder feature of each region w
 
 X (B, D, h, w) is what the pixel classifier sees, y (B, H, W) the labels, S_bk the pixels of class k in image b,
 F_k the training images that contain class k (Eq. 7), at least 1. Ignored pixels are in no region. The branch
-belongs to the criterion, so what is evaluated and stored is the plain network.
+belongs to the criterion, so what is evaluated and stored is the plain network. Differs: in decoders that end with
+dropout (PSPNet, FPN, DPT, OCR) X comes after it; the authors take it before.
 """
 
 from __future__ import annotations
