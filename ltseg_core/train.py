@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -125,6 +126,7 @@ def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **pla
     next to each other than on several threads each). Notebooks that run at the same time share the cores: together
     their trainings have no more threads than there are cores. Processes of one `accelerate launch` train each run
     together, so one after the other. place: keyword arguments of `fit`
+    Raises UserError as `fit` does, and if a process was killed.
     """
     wanted = () if _launched() else dict.fromkeys(experiments)
     missing = [e for e in wanted if results.find(e, place.get("runs")) is None]
@@ -134,7 +136,13 @@ def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **pla
             futures = [pool.submit(_fit_on_free_cores, e, place | {"progress": False}) for e in missing]
             bar = tqdm(total=len(futures), unit="run", disable=_quiet(place.get("progress", True)))
             for done in as_completed(futures):
-                done.result()
+                try:
+                    done.result()
+                except BrokenProcessPool:
+                    raise UserError(
+                        "a process that trains ended without a word: was it killed for its memory (take fewer jobs)? A"
+                        " script must call fit_all below `if __name__ == '__main__':`, as the processes import it, too"
+                    ) from None
                 bar.update()
             bar.close()
     else:

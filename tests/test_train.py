@@ -241,6 +241,17 @@ def test_damaged_weights_are_named(tiny):
         fit(tiny(method="tau_norm"))  # starts from it
 
 
+def _die(*_):
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_fit_all_is_explained(tiny, monkeypatch):
+    monkeypatch.setattr(train, "_fit_on_free_cores", _die)
+    with pytest.raises(UserError, match="a process that trains ended without a word: .* below `if __name__"):
+        fit_all([tiny(seed=1), tiny(seed=2)], jobs=2)
+
+
 @pytest.mark.parametrize(("what", "message"), [("names", "class list"), ("labels", "labelled pixels")])
 def test_a_first_stage_of_other_data_is_refused(tiny, tmp_path, what, message):
     """The data folder changed between the two stages."""
