@@ -183,7 +183,7 @@ def test_auxiliary_loss_is_added_with_its_weight():
             if l2 != "none":
                 extra += outside_norm(z[i], own if pixels == "own" else y, labels[i], l2).item()
             if kl != "none":
-                extra += prior_divergence(z[i], own, labels[i], prior, kl).item()
+                extra += prior_divergence(z[i].log_softmax(1), own, labels[i], prior, kl).item()
         assert criterion(output, y).item() == pytest.approx(plain.item() + 0.3 * extra, rel=1e-12)
         assert extra > 0
 
@@ -216,7 +216,7 @@ def test_prior_divergence_equals_loops():
         return float((row * np.log(row / q)).sum())
 
     prior = COUNTS.pixels.clamp(min=1).double().log()
-    batch, pixel = (prior_divergence(z, own, labels, prior, form).item() for form in ("batch", "pixel"))
+    batch, pixel = (prior_divergence(z.log_softmax(1), own, labels, prior, form).item() for form in ("batch", "pixel"))
     assert batch == pytest.approx(divergence(rows.mean(0)), rel=1e-10)
     assert pixel == pytest.approx(np.mean([divergence(row) for row in rows]), rel=1e-10)
 
@@ -226,7 +226,9 @@ def test_prior_divergence_is_0_for_the_prior_itself(form):
     labels = label_sets(GROUP)[1]
     prior = COUNTS.pixels.clamp(min=1).double().log()
     z = prior.view(1, -1, 1, 1).expand(1, -1, 2, 2) + 3 * ~labels.view(1, -1, 1, 1)  # mass elsewhere does not matter
-    assert prior_divergence(z, torch.zeros(1, 2, 2).long(), labels, prior, form).item() == pytest.approx(0, abs=1e-12)
+    assert prior_divergence(z.log_softmax(1), torch.zeros(1, 2, 2).long(), labels, prior, form).item() == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"l2": "class", "kl": "pixel", "l2_pixels": "own"}])

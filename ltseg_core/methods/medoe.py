@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
@@ -290,15 +291,16 @@ class ExpertCriterion(nn.Module):
 
     def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, narrow: bool) -> Tensor:
         """L^i for z_i (B, C, H, W), y (B, H, W) and S_i (C,) bool; narrow: S_i is not all classes."""
-        own = expert_target(target.long(), labels)
-        loss = cross_entropy(logits, own)
+        own, logits = expert_target(target.long(), labels), _wide(logits)
+        log_p = logits.log_softmax(1)
+        loss = mean_over_valid(F.nll_loss(log_p, own, ignore_index=IGNORE_INDEX, reduction="none"), own)
         if not self.alpha:
             return loss
         auxiliary = loss.new_zeros(())
         if self.l2 != "none" and narrow:
             auxiliary = outside_norm(logits, own if self.l2_pixels == "own" else target, labels, self.l2)
         if self.kl != "none":
-            auxiliary = auxiliary + prior_divergence(logits, own, labels, self.log_prior, self.kl)
+            auxiliary = auxiliary + prior_divergence(log_p, own, labels, self.log_prior, self.kl)
         return loss + self.alpha * auxiliary
 
 
@@ -307,27 +309,32 @@ def outside_norm(logits: Tensor, target: Tensor, labels: Tensor, form: str = "pi
 
     "pixel": 1/|Omega| sum_u sqrt(sum_{k not in S} z_uk^2);  "class": sum_{k not in S} sqrt(1/|Omega| sum_u z_uk^2)
     """
-    ignored = (target == IGNORE_INDEX).unsqueeze(1)
-    outside = (_wide(logits) * ~labels.view(1, -1, 1, 1)).masked_fill(ignored, 0)
+    squares = logits.square()
+    valid, outside = (target != IGNORE_INDEX).to(squares.dtype), (~labels).to(squares.dtype)
     if form == "pixel":
-        return mean_over_valid(torch.linalg.vector_norm(outside, dim=1), target)
-    pixels = (~ignored).sum().clamp(min=1).to(outside.dtype)
-    return (torch.linalg.vector_norm(outside, dim=(0, 2, 3)) / pixels.sqrt()).sum()
+        return mean_over_valid(_root(torch.einsum("bchw,c->bhw", squares, outside)) * valid, target)
+    return (_root(torch.einsum("bchw,bhw->c", squares, valid) / valid.sum().clamp(min=1)) * outside).sum()
 
 
-def prior_divergence(logits: Tensor, target: Tensor, labels: Tensor, log_prior: Tensor, form: str = "batch") -> Tensor:
+def _root(squares: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0."""
+    positive = squares > 0
+    return squares.where(positive, 1).sqrt() * positive
+
+
+def prior_divergence(log_p: Tensor, target: Tensor, labels: Tensor, log_prior: Tensor, form: str = "batch") -> Tensor:
     """KL(p || q) over the classes of S_i, p and q renormalised there; 0 if the target has no valid pixel.
 
+    log_p: (B, C, H, W), log softmax of the logits
     p: the mean softmax of the valid pixels ("batch"), or that of each of them, the divergence averaged ("pixel")
     log_prior: (C,), log q up to a constant
     """
     lowest = torch.finfo(torch.float32).min / 4  # -inf would give NaN gradients
-    log_q = log_prior.to(_wide(logits).dtype).masked_fill(~labels, lowest).log_softmax(0)
-    log_p = _wide(logits).log_softmax(1)
+    log_q = log_prior.to(log_p.dtype).masked_fill(~labels, lowest).log_softmax(0)
     ignored = target == IGNORE_INDEX
     if form == "batch":
-        total = log_p.masked_fill(ignored.unsqueeze(1), lowest).logsumexp((0, 2, 3))
-        log_p = total.masked_fill(~labels, lowest).log_softmax(0)
+        p = torch.einsum("bchw,bhw->c", log_p.exp(), (~ignored).to(log_p.dtype))
+        log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log().masked_fill(~labels, lowest).log_softmax(0)
         return (log_p.exp() * (log_p - log_q)).sum() * (~ignored).any()
     log_p = log_p.masked_fill(~labels.view(1, -1, 1, 1), lowest).log_softmax(1)
     divergence = (log_p.exp() * (log_p - per_channel(log_q, log_p))).sum(1)
