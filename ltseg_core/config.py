@@ -273,7 +273,7 @@ PROFILES = {
             "embedded scenes, nothing to download: every effect on a laptop's CPU",
             (0, 1, 2),
             (0,),
-            _SMALL | {"steps": 300},
+            _SMALL | {"steps": 200, "batch_size": 6},
         ),
         Profile(
             "camvid_cpu",
