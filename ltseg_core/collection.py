@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from ltseg_core import config
 from ltseg_core.config import UserError, choose
-from ltseg_core.notebook import Notebook, read, source_hash, to_html, write
+from ltseg_core.notebook import Notebook, read, source_hash, text_differs, to_html, write
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -46,6 +46,8 @@ class Result:
     """The executed notebook; after a failure, the part that ran."""
     error: str | None = None
     """One sentence: cell and exception, or why the notebook was skipped."""
+    remark: str | None = None
+    """What `notebook.text_check` found: a statement of the text that does not hold for this run."""
 
     @property
     def failed(self) -> bool:
@@ -205,10 +207,11 @@ def summary(results: Sequence[Result], out: str | os.PathLike[str], figures: str
     states = [r.state for r in results]
     counts = [f"{states.count(s)} {s}" for s in dict.fromkeys(states)]
     problems = [f"{r.notebook.name} {r.state}: {r.error}" for r in results if r.error]
+    remarks = [f"the text of {r.notebook.name} was written for other numbers: {r.remark}" for r in results if r.remark]
     failed = [f"what ran of {r.notebook.name}: {r.executed}" for r in results if r.state == "failed"]
     places = {"notebooks": Path(out, "notebooks"), "figures": figures or Path(out, "figures")}
     where = [f"{name}: {path}" for name, path in {**places, "HTML": Path(out, "index.html")}.items()]
-    return "\n".join([f"{len(results)} notebooks: {', '.join(counts)}", *problems, *failed, *where])
+    return "\n".join([f"{len(results)} notebooks: {', '.join(counts)}", *problems, *remarks, *failed, *where])
 
 
 def launch(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,7 +305,8 @@ def _run_graph(
     def finish(name: str, state: Any, status: Mapping[str, Any]) -> None:
         good = state in ("finished", "up to date")
         executed = Path(tasks[name]["out"], "notebooks" if good else "partial", f"{name}.ipynb")
-        results[name] = Result(by_name[name], state, status.get("wall_s", 0.0), executed, status.get("error"))
+        remarks = status.get("error"), status.get("remark")
+        results[name] = Result(by_name[name], state, status.get("wall_s", 0.0), executed, *remarks)
         say(f"{name}: {state}, {status.get('error') or format(status['wall_s'], '.1f') + ' s'}")
         if good:
             order.done(name)
@@ -533,7 +537,8 @@ def _execute(task: Mapping[str, Any]) -> None:
         write(out / "notebooks" / f"{name}.ipynb", nbformat.writes(executed))
         partial.unlink()
         made = [str(p) for p, modified in _modified(figures).items() if before.get(p) != modified]
-        save(state="finished", outputs=[f"notebooks/{name}.ipynb", f"html/{name}.html", *made])
+        outputs = [f"notebooks/{name}.ipynb", f"html/{name}.html", *made]
+        save(state="finished", outputs=outputs, remark=text_differs(executed))
     except PapermillExecutionError as error:  # its metadata are no witness: cells that never ran are "completed"
         first = error.evalue.strip().partition("\n")[0]
         what = first if error.ename == "UserError" else f"{error.ename}: {first}"

@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,33 @@ def source_hash(notebook: str | os.PathLike[str] | Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def text_check() -> Iterator[None]:
+    """The asserts under it state what the text says of the default run: `with notebook.text_check(): assert ...`.
+
+    An AssertionError becomes a notice under the cell, and the notebook goes on: on another processor the last bits of
+    a training differ, and with them its numbers. `ltseg run` repeats the notice, and `publish` refuses the notebook.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        from IPython.display import Markdown, display
+
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        found = str(error).partition("\n")[0] or f"`{line}` does not hold"
+        notice = Markdown(
+            f"**The text was written for other numbers:** {found}. The tables and figures are this run's."
+        )
+        display(notice, metadata={"ltseg": {"text_differs": found}})
+
+
+def text_differs(nb: Mapping[str, Any]) -> str | None:
+    """The first notice of `text_check` in an executed notebook."""
+    outputs = (output for cell in nb["cells"] for output in cell.get("outputs", []))
+    notices = (output.get("metadata", {}).get("ltseg", {}).get("text_differs") for output in outputs)
+    return next(filter(None, notices), None)
+
+
 def to_html(nb: Any, path: Path) -> str:
     """The notebook as one self-contained page. Only formulas need the network (MathJax); without it they
     show as TeX."""
@@ -111,8 +139,8 @@ def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 
     Removes what papermill added and everything that differs between two machines, counts the cells anew and
     stores the hash of the source and the seconds the execution took.
-    Raises UserError if the notebook failed, was run with parameters that are not its defaults, was edited since, or
-    prints a path of this machine.
+    Raises UserError if the notebook failed, was run with parameters that are not its defaults, was edited since, says
+    what its tables do not, or prints a path of this machine.
     """
     import nbformat
 
@@ -123,6 +151,8 @@ def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) ->
         raise UserError(f"{executed} ran with {changed}: publish a run with the default parameters")
     if Path(target).exists() and source_hash(target) != source_hash(nb):
         raise UserError(f"{target} was edited since {executed} was run: run it again")
+    if found := text_differs(nb):
+        raise UserError(f"the text of {target} was written for other numbers ({found}): correct it and run it again")
     nb.cells = [c for c in nb.cells if not ADDED_BY_PAPERMILL.intersection(c.metadata.get("tags", []))]
     machine = [str(p) for p in (Path.cwd(), Path.home(), tempfile.gettempdir(), sys.prefix) if len(str(p)) > 1]
     for count, cell in enumerate((c for c in nb.cells if c.cell_type == "code" and c.source.strip()), start=1):

@@ -332,6 +332,26 @@ def test_a_failure_stops_only_what_needs_it(folder, run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_text_written_for_other_numbers_is_noticed_but_stops_nothing(folder, run, tmp_path):
+    check = "from ltseg_core import notebook\nwith notebook.text_check():\n    assert {}"
+    path = write(folder, "01_wrong", check.format("2 > 3, 'the text says 2 > 3'"), "'went on'")
+    write(folder, "02_silent", check.format("1 == 4"), needs=["01_wrong"])
+    write(folder, "03_right", check.format("2 < 3, 'never shown'"))
+    results = run()
+    assert set(states(results).values()) == {"finished"}
+    found = {name: r.remark for name, r in results.items()}
+    silent = "`assert 1 == 4` does not hold"
+    assert found == {"01_wrong": "the text says 2 > 3", "02_silent": silent, "03_right": None}
+    text = collection.summary(list(results.values()), tmp_path / "out")
+    assert "the text of 01_wrong was written for other numbers: the text says 2 > 3" in text
+    assert "03_right" not in text
+    assert "went on" in results["01_wrong"].executed.read_text()
+    assert run()["01_wrong"].remark == "the text says 2 > 3", "what is up to date keeps its notice"
+    with pytest.raises(UserError, match="correct it and run it again"):
+        publish(results["01_wrong"].executed, path)
+
+
+@pytest.mark.slow
 def test_a_notebook_that_takes_too_long_fails(folder, run, tmp_path):
     write(
         folder,
