@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ltseg_core import metrics, stats
-from ltseg_core.config import UserError, choose
+from ltseg_core.config import UserError, choose, data_root
 from ltseg_core.results import Run
 
 Verdict = Literal["supported", "contradicted", "open"]
@@ -19,6 +20,12 @@ Direction = Literal["positive", "negative", "equal"]
 MAY_DIFFER = {"method", "hyper", "seed", "checkpoint_every", "eval_every"}
 """Fields in which compared experiments may differ."""
 PER_CLASS = {"iou": metrics.iou, "acc": metrics.acc}
+CORRELATIONS: dict[str, tuple[Literal["pearson", "spearman"], Callable[[np.ndarray], np.ndarray]]] = {
+    "pearson": ("pearson", np.asarray),
+    "pearson log": ("pearson", np.log),
+    "spearman": ("spearman", np.asarray),
+}
+CHANGING = {**PER_CLASS, "precision": metrics.precision}
 
 
 def label(run: Run) -> str:
@@ -119,11 +126,7 @@ def _compared(
         for method, group in table.items():
             yield method, group, partial(metrics.interval, _resampled(group, split, replicates))
         return
-    if baseline not in table:
-        raise UserError(f"no runs of the baseline {baseline!r} among {', '.join(table)}")
-    if len(table) == 1:
-        raise UserError(f"only {baseline!r} was run: there is nothing to compare it with")
-    reference = _resampled(table.pop(baseline), split, replicates)
+    reference = _resampled(_reference(table, baseline), split, replicates)
     for method, group in table.items():
         yield method, group, partial(metrics.paired_interval, _resampled(group, split, replicates), reference)
 
@@ -144,6 +147,70 @@ def _class_columns(run: Run, method: str, metric: str) -> pd.DataFrame:
             "metric": metric,
         }
     )
+
+
+def class_changes(runs: Iterable[Run], *, baseline: str = "ce", split: str = "test") -> pd.DataFrame:
+    """What each method does to each class, against the baseline of the same seed; one row per method, seed and class.
+
+    Columns: method, seed, class_id, class, group, train_pixels;  iou, acc, precision and their values `before`
+    (fractions; NaN where 0/0);  fp_per_tp, fp_per_tp_before;  more_fp: false positives gained (pixels);
+    afforded_fp: gain of false positives at which IoU stays the same, p (n + FP) with Acc' = (1 + p) Acc (MEDOE,
+    Eq. 16; NaN for a class not found before);  remark1: whether Region Rebalance's Remark 1 is met.
+    Raises UserError for runs that cannot be compared (`by_method`), and if there is nothing beside the baseline.
+    """
+    table = by_method(runs)
+    reference = _reference(table, baseline)
+    frames = []
+    for method, group in table.items():
+        for run, other in zip(group, reference, strict=True):
+            after, before = (r.confusion(split).sum(0, dtype=np.int64) for r in (run, other))
+            new, old = metrics.marginals(after), metrics.marginals(before)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                columns = {
+                    **{name: score(new) for name, score in CHANGING.items()},
+                    **{f"{name}_before": score(old) for name, score in CHANGING.items()},
+                    "fp_per_tp": new.fp / new.tp,
+                    "fp_per_tp_before": old.fp / old.tp,
+                    "more_fp": new.fp - old.fp,
+                    "afforded_fp": np.where(old.tp > 0, (new.tp / old.tp - 1) * (old.tp + old.fn + old.fp), np.nan),
+                    "remark1": metrics.remark1(before, after),
+                }
+            plain = _class_columns(run, method, "").drop(columns="metric")
+            frames.append(plain.assign(seed=run.experiment.seed, **columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _reference(table: dict[str, list[Run]], baseline: str) -> list[Run]:
+    """The baseline's runs, taken out of `table`. Raises UserError if they, or any others, are missing."""
+    if baseline not in table:
+        raise UserError(f"no runs of the baseline {baseline!r} among {', '.join(table)}")
+    if len(table) == 1:
+        raise UserError(f"only {baseline!r} was run: there is nothing to compare it with")
+    return table.pop(baseline)
+
+
+def frequency_correlations(
+    frequency: pd.DataFrame, scores: Mapping[str, np.ndarray], *, replicates: int = 2000
+) -> pd.DataFrame:
+    """How closely class scores follow class frequencies: score, kind, frequency, value, low, high, classes.
+
+    frequency: one row per class, one column per way to count (pixels, images, ...);  scores: (C,) each
+    kind: a key of CORRELATIONS, `pearson` being that of the raw counts; intervals as in `stats.correlation`.
+    For every column after the first there is also its difference to the first, `images - pixels`.
+    A class without score or with a count of zero is left out.
+    """
+    first, *others = frequency.columns
+    occurs = (frequency > 0).all(axis=1).to_numpy()
+    rows = []
+    for name, score in scores.items():
+        y = np.where(occurs, score, np.nan)
+        for kind, (coefficient, scale) in CORRELATIONS.items():
+            x = {column: scale(frequency[column].to_numpy(dtype=float)[occurs]) for column in frequency}
+            correlation = partial(stats.correlation, y=y[occurs], kind=coefficient, replicates=replicates)
+            found = {column: correlation(x[column]) for column in x}
+            found |= {f"{column} - {first}": correlation(x[column], less=x[first]) for column in others}
+            rows += [(name, kind, c, *limits, int((~np.isnan(y)).sum())) for c, limits in found.items()]
+    return pd.DataFrame(rows, columns=["score", "kind", "frequency", "value", "low", "high", "classes"])
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -204,6 +271,35 @@ def published(name: str) -> pd.DataFrame:
     tables = [path.name.removesuffix(".csv") for path in folder.iterdir() if path.name.endswith(".csv")]
     with (folder / f"{choose('published table', name, sorted(tables))}.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)
+
+
+def public_results(name: str, root: str | os.PathLike[str] | None = None) -> pd.DataFrame:
+    """Published per-class results of real models on "ade20k" or "cityscapes", from the data root.
+
+    Columns: model, method, protocol, class_id, class, iou, acc (fractions), pixels, images (of the training set).
+    One run of each model: no interval over seeds. Raises UserError if they are not there.
+    """
+    choose("public results", name, ("ade20k", "cityscapes"))
+    folder = data_root(root)
+    table, counted = folder / f"{name}_stats" / "per_class_results.csv", folder / "class_stats" / f"{name}.csv"
+    for path in (table, counted):
+        if not path.is_file():
+            raise UserError(f"{path} is missing: fetch it with `python -m data_prep {path.parent.name}`")
+    rows = pd.read_csv(table)
+    counts, classes = stats.read_counts(counted)
+    class_id = rows["class_idx"] - rows["class_idx"].min()  # ADE20K counts from 1
+    if sorted(set(class_id)) != list(range(len(classes))):
+        raise UserError(f"{table} has results of {class_id.nunique()} classes, {counted} counts of {len(classes)}")
+    return pd.DataFrame(
+        {
+            **{column: rows[column] for column in ("model", "method", "protocol")},
+            "class_id": class_id,
+            "class": np.asarray(classes)[class_id],
+            **{score: rows[score] / 100 for score in PER_CLASS},
+            "pixels": counts.pixels.numpy()[class_id],
+            "images": counts.images.numpy()[class_id],
+        }
+    )
 
 
 def claims() -> pd.DataFrame:

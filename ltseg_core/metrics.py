@@ -126,6 +126,34 @@ def uniform_test(counts: Array) -> Array:
     return _zero_nan(_ratio(counts, counts.sum(-1)[..., None]))
 
 
+def iou_at(acc: Array, fp_per_tp: Array) -> Array:
+    """IoU of a class with accuracy `acc` in (0, 1] and `fp_per_tp` false positives per true positive, broadcast.
+
+    1 / IoU = 1 / Acc + FP / TP (Region Rebalance, Eq. 3). Its slope over Acc at a fixed FP / TP is (IoU / Acc)^2.
+    """
+    return 1 / (1 / acc + fp_per_tp)
+
+
+def remark1(before: Array | Marginals, after: Array | Marginals) -> np.ndarray:
+    """Whether each class meets Remark 1 of Region Rebalance, (..., C) bool: its IoU then does not fall.
+
+    With Acc going from A to (1 + K) A: FP' - (1 + K) FP <= K n (Eq. 12-16), n the labelled pixels of the class.
+    Multiplied by TP it is a comparison of integers, and it covers classes that were not found before.
+    before, after: integer counts on the same labels; CPU tensors or arrays.
+    """
+    (tp, fp, fn), (tp2, fp2, _) = ([np.asarray(x).astype(np.int64) for x in marginals(c)] for c in (before, after))
+    return tp * fp2 - tp2 * fp <= (tp2 - tp) * (tp + fn)
+
+
+def false_positive_sources(counts: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """False positives of each class by the group that the pixels truly belong to, (..., 3, C), see `stats.GROUPS`.
+
+    counts: (..., C, C);  groups: C names. The sum over the groups is FP (MEDOE, Eq. 14 splits it in two).
+    """
+    wrong = np.asarray(counts) * ~np.eye(len(groups), dtype=bool)
+    return np.stack([wrong[..., np.flatnonzero([g == name for g in groups]), :].sum(-2) for name in GROUPS], -2)
+
+
 def class_mean(per_class: Array) -> ClassMean:
     """Mean of (C,) scores without the NaN, and the number of classes averaged."""
     return ClassMean(float(nanmean(per_class)), int((per_class == per_class).sum()))

@@ -242,6 +242,7 @@ def correlation(
     x: np.ndarray | Tensor | Sequence[float],
     y: np.ndarray | Tensor | Sequence[float],
     *,
+    less: np.ndarray | Tensor | Sequence[float] | None = None,
     kind: Literal["pearson", "spearman"] = "pearson",
     replicates: int = 2000,
     confidence: float = 0.95,
@@ -249,35 +250,38 @@ def correlation(
 ) -> tuple[float, float, float]:
     """Correlation over classes with its bootstrap percentile interval: (value, low, high).
 
-    x, y: (C,) one value per class. A class with NaN in either is left out (IoU of an absent class). Classes are
-    resampled with replacement; a resample in which x or y is constant has no correlation and is left out.
-    (NaN, NaN, NaN) if x or y is constant. Spearman takes mean ranks of ties, in each resample anew.
+    x, y: (C,) one value per class. With `less`, also (C,), the difference correlation(x, y) - correlation(less, y)
+    and its interval, both taken from the same resamples.
+    A class with NaN in one of them is left out (IoU of an absent class). Classes are resampled with replacement; a
+    resample in which one of them is constant has no correlation and is left out. (NaN, NaN, NaN) if one is constant
+    over all classes. Spearman takes mean ranks of ties, in each resample anew.
     Raises ValueError for different shapes, infinite values (log of a zero count) and fewer than three classes.
     """
     from scipy.stats import rankdata
 
     choose("kind of correlation", kind, ("pearson", "spearman"))
-    points = [np.asarray(v, dtype=np.float64) for v in (x, y)]
-    if points[0].ndim != 1 or points[0].shape != points[1].shape:
-        raise ValueError(f"x and y must have one shape (C,), got {points[0].shape} and {points[1].shape}")
-    pairs = np.stack(points)
-    if np.isinf(pairs).any():
-        raise ValueError(f"x and y must not be infinite, got {pairs[np.isinf(pairs)][0]} (log of a zero count?)")
-    pairs = pairs[:, ~np.isnan(pairs).any(0)]
-    if (n := pairs.shape[1]) < 3:
-        raise ValueError(f"a correlation needs at least 3 classes with both values, got {n}")
+    points = [np.asarray(v, dtype=np.float64) for v in (y, x, less) if v is not None]
+    if points[0].ndim != 1 or len({v.shape for v in points}) > 1:
+        raise ValueError(f"all values must have one shape (C,), got {' and '.join(str(v.shape) for v in points)}")
+    values = np.stack(points)  # (2 or 3, C), y first
+    if np.isinf(values).any():
+        raise ValueError(f"values must not be infinite, got {values[np.isinf(values)][0]} (log of a zero count?)")
+    values = values[:, ~np.isnan(values).any(0)]
+    if (n := values.shape[1]) < 3:
+        raise ValueError(f"a correlation needs at least 3 classes with all values, got {n}")
 
-    def coefficient(sample: np.ndarray) -> np.ndarray:  # (2, ..., n) -> (...)
+    def coefficient(sample: np.ndarray) -> np.ndarray:  # (2 or 3, ..., n) -> (...)
         if kind == "spearman":
             sample = rankdata(sample, axis=-1)
         constant = (sample == sample[..., :1]).all(-1).any(0)
         centred = sample - sample.mean(-1, keepdims=True)
         centred = centred / np.sqrt((centred**2).sum(-1, keepdims=True)).clip(np.finfo(float).tiny)
-        return np.where(constant, np.nan, (centred[0] * centred[1]).sum(-1).clip(-1, 1))
+        first, *other = (centred[0] * centred[1:]).sum(-1).clip(-1, 1)
+        return np.where(constant, np.nan, first - sum(other))
 
     drawn = np.random.default_rng(seed).integers(n, size=(replicates, n))
-    value = float(coefficient(pairs))
-    low, high = percentile_interval(coefficient(pairs[:, drawn]), confidence)
+    value = float(coefficient(values))
+    low, high = percentile_interval(coefficient(values[:, drawn]), confidence)
     return (value, float(low), float(high)) if value == value else (np.nan, np.nan, np.nan)
 
 

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
@@ -187,9 +187,6 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
     Raises ValueError for a name that is not one word of letters, digits, "_", "-" and "."; UserError if the
     folder cannot be written.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"a figure's name must be letters, digits, '_', '-' and '.', got {name!r}")
-    folder = Path(folder or os.environ.get("LTSEG_FIGURES") or "figures").expanduser()
     unnamed = {
         "svg": {"Date": None, "Creator": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -199,18 +196,34 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # it would move things a little at every drawing
         for kind, metadata in unnamed.items():
+            _save(partial(figure.savefig, format=kind, metadata=metadata, dpi=DPI), name, kind, folder)
+    return _folder(folder) / f"{name}.png"
 
-            def write(path: Path, kind: str = kind, metadata: Mapping[str, Any] = metadata) -> None:
-                figure.savefig(path, format=kind, metadata=metadata, dpi=DPI)
 
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / f"{name}.{kind}", write)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {name}.{kind} to {folder}: {error.strerror}; set LTSEG_FIGURES"
-                ) from None
-    return folder / f"{name}.png"
+def save_table(table: pd.DataFrame, name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Write a table with its index as `name`.csv beside the figures; errors and safety as in `save_figure`."""
+    return _save(table.to_csv, name, "csv", folder)
+
+
+def saved_tables(pattern: str, folder: str | os.PathLike[str] | None = None) -> dict[str, pd.DataFrame]:
+    """Tables that `save_table` wrote under names like `*_claims`, by name; all values as text."""
+    return {p.stem: pd.read_csv(p, dtype=str) for p in sorted(_folder(folder).glob(f"{pattern}.csv"))}
+
+
+def _folder(folder: str | os.PathLike[str] | None) -> Path:
+    return Path(folder or os.environ.get("LTSEG_FIGURES") or "figures").expanduser()
+
+
+def _save(write: Callable[[Path], object], name: str, kind: str, folder: str | os.PathLike[str] | None) -> Path:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"a name must be letters, digits, '_', '-' and '.', got {name!r}")
+    path = _folder(folder) / f"{name}.{kind}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, write)
+    except OSError as error:
+        raise UserError(f"cannot write {path.name} to {path.parent}: {error.strerror}; set LTSEG_FIGURES") from None
+    return path
 
 
 # --------------------------------------------------------------------------------------------------- pictures

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import pearsonr, spearmanr
 
 from ltseg_core import analysis, metrics, results, stats
 from ltseg_core.config import Experiment, UserError
@@ -84,6 +85,61 @@ def test_per_class_table_is_complete(runs):
     table = analysis.per_class(runs, replicates=20)
     assert len(table) == 2 * 3 * 2
     assert set(table["metric"]) == {"iou", "acc"}
+
+
+def test_class_changes(runs):
+    table = analysis.class_changes(runs)
+    assert len(table) == 3 * 3
+    assert set(table["method"]) == {"blv sigma=4"}
+    row = table[(table["seed"] == 1) & (table["class"] == "sign")].iloc[0]
+    before, after = confusions(1).sum(0), confusions(1, better=40).sum(0)
+    for name, score in (("iou", metrics.iou), ("acc", metrics.acc), ("precision", metrics.precision)):
+        assert (row[name], row[f"{name}_before"]) == (score(after)[2], score(before)[2])
+    assert (row["group"], row["train_pixels"], row["more_fp"]) == ("tail", 500, 0)
+    identity = 1 / table["acc"] + table["fp_per_tp"]
+    np.testing.assert_allclose(1 / table["iou"], identity, rtol=1e-12)
+    # IoU falls exactly where a class gains more false positives than it affords; sign has other labels in the two runs
+    same = table[table["class"] != "sign"]
+    assert (same["remark1"] == (same["iou"] >= same["iou_before"])).all()
+    assert (same["remark1"] == (same["more_fp"] <= same["afforded_fp"])).all()
+    with pytest.raises(UserError, match="no runs of the baseline 'focal' among ce, blv sigma=4"):
+        analysis.class_changes(runs, baseline="focal")
+
+
+def test_correlation_with_frequency():
+    rng = np.random.default_rng(0)
+    frequency = pd.DataFrame({"pixels": rng.lognormal(8, 2, 20), "images": rng.lognormal(4, 1, 20)})
+    acc = np.log(frequency["pixels"].to_numpy())
+    acc[3], frequency.loc[5, "pixels"] = np.nan, 0  # an absent class, a class without training pixels
+    table = analysis.frequency_correlations(frequency, {"acc": acc}, replicates=50)
+    used = ~np.isin(range(20), (3, 5))
+    value = table.set_index(["kind", "frequency"])["value"]
+    x = {c: frequency[c].to_numpy()[used] for c in frequency}
+    for kind, reference in {
+        "pearson": lambda c: pearsonr(x[c], acc[used])[0],
+        "pearson log": lambda c: pearsonr(np.log(x[c]), acc[used])[0],
+        "spearman": lambda c: spearmanr(x[c], acc[used])[0],
+    }.items():
+        for column in x:
+            assert value[kind, column] == pytest.approx(reference(column), abs=1e-9)
+        assert value[kind, "images - pixels"] == pytest.approx(reference("images") - reference("pixels"), abs=1e-9)
+    assert value["pearson log", "pixels"] == pytest.approx(1)
+    assert set(table["classes"]) == {18}
+
+
+def test_public_results(tmp_path, real_data):
+    with pytest.raises(UserError, match=r"per_class_results.csv is missing: fetch it with .* data_prep ade20k_stats"):
+        analysis.public_results("ade20k", tmp_path)
+    for name, classes in (("ade20k", 150), ("cityscapes", 19)):
+        table = analysis.public_results(name, real_data)
+        first = table[table["model"] == table["model"][0]].iloc[:classes]
+        counts, names = stats.read_counts(real_data / "class_stats" / f"{name}.csv")
+        assert first["class_id"].tolist() == list(range(classes))
+        assert first["class"].tolist() == names
+        assert first["pixels"].tolist() == counts.pixels.tolist()
+        summary = pd.read_csv(real_data / f"{name}_stats" / "summary.csv").iloc[0]
+        assert 100 * first["iou"].mean() == pytest.approx(summary["miou"], abs=0.01)
+        assert 100 * first["acc"].mean() == pytest.approx(summary["macc"], abs=0.01)
 
 
 def test_one_seed_still_has_an_interval_over_images(make_run):

@@ -1,6 +1,7 @@
 """Confusion counts and scores against slow references, scikit-learn and torchmetrics; intervals by hand."""
 
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -231,6 +232,47 @@ def test_identity_of_iou_acc_and_precision(seed):
     counts = np.random.default_rng(seed).integers(1, 1000, (6, 6))
     inverse = 1 / metrics.acc(counts) + 1 / metrics.precision(counts) - 1
     np.testing.assert_allclose(1 / metrics.iou(counts), inverse, rtol=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 1000, 2**30]))
+def test_remark_1_says_exactly_when_iou_falls(seed, most):
+    """Against IoU as exact fractions, over counts small enough for ties and too large for float64."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(1, most, 50)
+    before, after = (
+        metrics.Marginals(tp := rng.integers(0, pixels + 1), rng.integers(0, most, 50), pixels - tp) for _ in "ab"
+    )
+    old, new = (
+        [Fraction(int(t), int(n + f)) for t, n, f in zip(m.tp, pixels, m.fp, strict=True)] for m in (before, after)
+    )
+    assert metrics.remark1(before, after).tolist() == [b >= a for a, b in zip(old, new, strict=True)]
+
+
+def test_remark_1_by_hand():
+    # n = 10. Acc 0.4 -> 0.8 (K = 1) with 2 false positives: up to 2 * 2 + 10 = 14 leave IoU at 4 / 12 or above.
+    before = metrics.Marginals(np.array([4, 4, 0]), np.array([2, 2, 7]), np.array([6, 6, 10]))
+    after = metrics.Marginals(np.array([8, 8, 0]), np.array([14, 15, 99]), np.array([2, 2, 10]))
+    assert metrics.remark1(before, after).tolist() == [True, False, True]  # a class never found cannot lose IoU
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_iou_from_accuracy_and_false_positives_per_true_one(seed):
+    counts = np.random.default_rng(seed).integers(1, 1000, (6, 6))
+    m, accuracy = metrics.marginals(counts), metrics.acc(counts)
+    np.testing.assert_allclose(metrics.iou_at(accuracy, m.fp / m.tp), metrics.iou(counts), rtol=1e-12)
+    for ratio, slope in ((0, 1), (1, 0.39), (3, 0.13)):  # the papers' slopes at Acc 0.6
+        step = metrics.iou_at(0.6 + 1e-6, ratio) - metrics.iou_at(0.6 - 1e-6, ratio)
+        assert step / 2e-6 == pytest.approx((metrics.iou_at(0.6, ratio) / 0.6) ** 2)
+        assert step / 2e-6 == pytest.approx(slope, abs=0.005)
+
+
+def test_false_positives_by_true_group():
+    counts = np.array([[5, 1, 2], [3, 6, 4], [7, 8, 9]])
+    sources = metrics.false_positive_sources(counts, ["head", "tail", "tail"])
+    np.testing.assert_array_equal(sources, [[0, 1, 2], [0, 0, 0], [3 + 7, 8, 4]])
+    many = random_counts((2, 3), 5)
+    whole = metrics.false_positive_sources(many, ["head", "body", "tail", "body", "head"])
+    np.testing.assert_array_equal(whole.sum(-2), metrics.marginals(many).fp)
 
 
 def test_absent_classes():

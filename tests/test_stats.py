@@ -251,6 +251,18 @@ def test_bootstrap_equals_a_slow_loop():
         np.testing.assert_allclose(got[1:], expected, atol=1e-9)
 
 
+def test_difference_of_correlations_equals_a_slow_loop_over_the_same_resamples():
+    rng = np.random.default_rng(2)
+    x, less, y = rng.normal(size=(3, 12))
+    drawn = np.random.default_rng(5).integers(12, size=(50, 12))
+    for kind, reference in (("pearson", pearsonr), ("spearman", spearmanr)):
+        samples = [reference(x[i], y[i])[0] - reference(less[i], y[i])[0] for i in drawn]
+        got = stats.correlation(x, y, less=less, kind=kind, replicates=50, confidence=0.9, seed=5)
+        assert got[0] == pytest.approx(reference(x, y)[0] - reference(less, y)[0], abs=1e-9)
+        np.testing.assert_allclose(got[1:], np.quantile(samples, [0.05, 0.95]), atol=1e-9)
+    assert stats.correlation(x, y, less=x) == (0, 0, 0)
+
+
 def test_correlation_covers_the_truth():
     """The 90 % interval holds the true coefficient of most samples (percentile intervals are a little short)."""
     rng = np.random.default_rng(0)
@@ -270,9 +282,9 @@ def test_correlation_edges():
     assert with_nan == stats.correlation(x, [1.0, 3.0, 2.0, 5.0])
     assert np.isnan(stats.correlation(x, [7.0] * 4)).all()
     for bad, named in (
-        ((x, x[:3]), r"\(4,\) and \(3,\)"),
+        ((x, x[:3]), r"\(3,\) and \(4,\)"),
         ((x, [1, 2, 3, -np.inf]), "-inf"),
-        ((x, [1, np.nan, np.nan, 2]), "at least 3 classes with both values, got 2"),
+        ((x, [1, np.nan, np.nan, 2]), "at least 3 classes with all values, got 2"),
     ):
         with pytest.raises(ValueError, match=named):
             stats.correlation(*bad)

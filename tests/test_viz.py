@@ -143,11 +143,20 @@ def test_save_figure_goes_to_the_folder_of_the_environment(tmp_path: Path, monke
 def test_save_figure_refuses_bad_names_and_folders(tmp_path: Path) -> None:
     figure, _ = viz.subplots()
     for name in ("", "../x", "a/b", ".hidden"):
-        with pytest.raises(ValueError, match="figure's name must be"):
+        with pytest.raises(ValueError, match="name must be"):
             viz.save_figure(figure, name, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write x\.\w+ to .*file.*LTSEG_FIGURES"):
         viz.save_figure(figure, "x", tmp_path / "file")
+
+
+def test_tables_beside_the_figures(tmp_path: Path) -> None:
+    table = pd.DataFrame({"found": ["+1.0 [0.5, 1.5]", "a, b"]}, index=pd.Index(["RR-05", "RR-06"], name="claim"))
+    assert viz.save_table(table, "05_claims", tmp_path) == tmp_path / "05_claims.csv"
+    viz.save_table(table, "05_other", tmp_path)
+    read = viz.saved_tables("*_claims", tmp_path)
+    assert list(read) == ["05_claims"]
+    pd.testing.assert_frame_equal(read["05_claims"].set_index("claim"), table)
 
 
 def test_an_interrupted_save_keeps_the_old_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
