@@ -165,28 +165,26 @@ def train(
 
 @app.command()
 def figures(
+    notebooks: Annotated[list[str] | None, typer.Argument(help="Numbers or names; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
     profile: ProfileName = "quick",
     data_root: DataRoot = None,
     runs: Runs = None,
 ) -> None:
-    """Regenerate every figure from finished runs; trains nothing.
+    """Regenerate figures and tables from finished runs; trains nothing.
 
-    Example: ltseg figures --out figures/
+    Examples:
+
+      ltseg figures --out figures/
+
+      ltseg figures 02 07
     """
-    from tempfile import TemporaryDirectory
+    from ltseg_core.redraw import redraw
 
-    from ltseg_core import collection
-
-    _export(LTSEG_DATA=data_root, LTSEG_RUNS=runs)
-    os.environ["LTSEG_TRAIN"] = "0"
-    with TemporaryDirectory() as scratch:
-        outcome = collection.run(None, profile=profile, out=Path(scratch), figures=out, force=True)
-        failed = [result for result in outcome if result.failed]
-        if failed:
-            typer.echo(collection.summary(outcome, scratch, str(out)), err=True)
-            raise typer.Exit(1)
+    failed = redraw(notebooks, figures=out, profile=profile, runs=runs, data_root=data_root)
     typer.echo(f"{len(list(out.glob('*.png')))} figures in {out}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -29,9 +29,7 @@ from typing import Any, Literal
 
 from ltseg_core import config
 from ltseg_core.config import UserError, choose
-from ltseg_core.notebook import Notebook, read, source_hash, text_differs, to_html, write
-
-PACKAGE = Path(__file__).resolve().parent
+from ltseg_core.notebook import PACKAGE, Notebook, package_hash, read, source_hash, text_differs, to_html, write
 
 
 @dataclass(frozen=True)
@@ -169,16 +167,12 @@ def run(
     chosen = _with_needs(select(names, available), available)
     values = _parameters(chosen, parameters or {}, profile)
     out = Path(out).expanduser().resolve()
-    env = {
-        "LTSEG_RUNS": str(Path(runs or os.environ.get("LTSEG_RUNS") or "runs").expanduser().resolve()),
-        "LTSEG_FIGURES": str(Path(figures or out / "figures").expanduser().resolve()),
-        "LTSEG_DATA": str(config.data_root(data_root).resolve()),
-    }
+    env = places(runs, figures or out / "figures", data_root)
     with _claimed(out, Path(env["LTSEG_FIGURES"]), Path(env["LTSEG_RUNS"])) as alive:
         keys = _keys(chosen, values, env)
         statuses = {n.name: _status(out, n.name) for n in chosen}
         fresh = {n.name for n in chosen if not force and _is_fresh(out, statuses[n.name], keys[n.name])}
-        jobs = jobs or max(1, min(_cores(), len(chosen) - len(fresh)))
+        jobs = jobs or max(1, min(config.cores(), len(chosen) - len(fresh)))
         tasks = {
             n.name: {
                 "name": n.name,
@@ -187,7 +181,7 @@ def run(
                 "key": keys[n.name],
                 "parameters": values[n.name],
                 "env": env,
-                "threads": None if scheduler else max(1, _cores() // jobs),
+                "threads": None if scheduler else max(1, config.cores() // jobs),
                 "timeout": timeout,
                 "alive": str(alive),
             }
@@ -200,6 +194,17 @@ def run(
         finally:
             write(out / "index.html", _index(out, available, results))
     return [results[n.name] for n in chosen]
+
+
+def places(
+    runs: str | os.PathLike[str] | None, figures: str | os.PathLike[str], data_root: str | os.PathLike[str] | None
+) -> dict[str, str]:
+    """The environment that tells a notebook where runs, figures and data are."""
+    return {
+        "LTSEG_RUNS": str(Path(runs or os.environ.get("LTSEG_RUNS") or "runs").expanduser().resolve()),
+        "LTSEG_FIGURES": str(Path(figures).expanduser().resolve()),
+        "LTSEG_DATA": str(config.data_root(data_root).resolve()),
+    }
 
 
 def summary(results: Sequence[Result], out: str | os.PathLike[str], figures: str | None = None) -> str:
@@ -366,11 +371,7 @@ def _worker_threads() -> int:
     """Cores for each of the tasks that this Dask worker takes at a time (it sets OMP_NUM_THREADS to 1)."""
     from distributed import get_worker
 
-    return max(1, _cores() // get_worker().state.nthreads)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, config.cores() // get_worker().state.nthreads)
 
 
 @contextlib.contextmanager
@@ -405,16 +406,11 @@ def _sha(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _code(package: Path) -> str:
-    files = [p for p in sorted(package.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
-    return _sha([(p.relative_to(package).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
-
-
 def _keys(chosen: Sequence[Notebook], values: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
     """A hash for each notebook of everything that its outputs depend on."""
     data = Path(env["LTSEG_DATA"])
     surroundings = [
-        _code(PACKAGE),
+        package_hash(),
         sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}),  # some are found twice
         [sys.version, env],
         sorted(p.name for p in data.iterdir()) if data.is_dir() else [],  # a data set that arrives is used

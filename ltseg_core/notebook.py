@@ -20,6 +20,7 @@ from typing import Any
 
 from ltseg_core.config import UserError
 
+PACKAGE = Path(__file__).resolve().parent
 ADDED_BY_PAPERMILL = {"injected-parameters", "papermill-error-cell-tag"}
 
 
@@ -115,6 +116,13 @@ def text_differs(nb: Mapping[str, Any]) -> str | None:
     outputs = (output for cell in nb["cells"] for output in cell.get("outputs", []))
     notices = (output.get("metadata", {}).get("ltseg", {}).get("text_differs") for output in outputs)
     return next(filter(None, notices), None)
+
+
+def package_hash(package: Path = PACKAGE) -> str:
+    """SHA-256 of all files of a package."""
+    files = [p for p in sorted(package.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+    hashes = [(p.relative_to(package).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def to_html(nb: Any, path: Path) -> str:
