@@ -77,7 +77,7 @@ def _root(
 def run(
     notebooks: Annotated[list[str] | None, typer.Argument(help="Numbers or names; default: all.")] = None,
     profile: ProfileName = "quick",
-    out: Annotated[Path, typer.Option(help="Folder for executed notebooks, figures, HTML.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for executed notebooks and figures.")] = Path("out"),
     jobs: Annotated[int, typer.Option(help="Notebooks side by side; 0 chooses.", min=0)] = 0,
     scheduler: Annotated[str | None, typer.Option(help="Run on this Dask cluster, tcp://host:port.")] = None,
     parameter: Set = None,
@@ -85,7 +85,7 @@ def run(
     data_root: DataRoot = None,
     runs: Runs = None,
 ) -> None:
-    """Execute the notebooks headless, in order, and build their HTML.
+    """Execute the notebooks headless, in order; `ltseg report` makes one site of them.
 
     Examples:
 
@@ -229,13 +229,15 @@ def stats(
 def report(
     out: Annotated[Path, typer.Option(help="Folder that `ltseg run --out` filled.")] = Path("out"),
 ) -> None:
-    """Build the HTML pages and their index again from the executed notebooks in OUT.
+    """Build one static site in OUT/site: executed notebooks, claims board, a page for each method.
+
+    It opens from the file system and loads nothing from the network.
 
     Example: ltseg report --out out
     """
-    from ltseg_core import collection
+    from ltseg_core import report
 
-    typer.echo(f"report: {collection.report(out)}")
+    typer.echo(f"report: {report.build(out)}")
 
 
 @app.command()

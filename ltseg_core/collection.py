@@ -1,8 +1,8 @@
 """The numbered notebooks as a graph: executed headless by papermill, in parallel or on a Dask cluster.
 
 Every notebook runs in a process of its own (`launch`), which starts the kernel and lives no longer than its
-caller. Layout of `out`: notebooks/ (executed), html/, figures/, index.html; status/ (one JSON file for each
-notebook: what up-to-date means); partial/ (the executed part of a notebook that runs or has failed).
+caller. Layout of `out`: notebooks/ (executed), figures/; status/ (one JSON file for each notebook: what up-to-date
+means); partial/ (the executed part of a notebook that runs or has failed); site/ is what `report` makes of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import graphlib
 import hashlib
-import html
 import importlib.metadata
 import json
 import os
@@ -29,7 +28,7 @@ from typing import Any, Literal
 
 from ltseg_core import config
 from ltseg_core.config import UserError, choose
-from ltseg_core.notebook import PACKAGE, Notebook, package_hash, read, source_hash, text_differs, to_html, write
+from ltseg_core.notebook import PACKAGE, Notebook, package_hash, read, source_hash, text_differs, write
 
 
 @dataclass(frozen=True)
@@ -188,11 +187,8 @@ def run(
             for n in chosen
         }
         results: dict[str, Result] = {}
-        try:
-            with _executor(jobs, scheduler) as executor:
-                _run_graph(chosen, tasks, fresh, executor, results, alive, show)
-        finally:
-            write(out / "index.html", _index(out, available, results))
+        with _executor(jobs, scheduler) as executor:
+            _run_graph(chosen, tasks, fresh, executor, results, alive, show)
     return [results[n.name] for n in chosen]
 
 
@@ -215,7 +211,7 @@ def summary(results: Sequence[Result], out: str | os.PathLike[str], figures: str
     remarks = [f"the text of {r.notebook.name} was written for other numbers: {r.remark}" for r in results if r.remark]
     failed = [f"what ran of {r.notebook.name}: {r.executed}" for r in results if r.state == "failed"]
     places = {"notebooks": Path(out, "notebooks"), "figures": figures or Path(out, "figures")}
-    where = [f"{name}: {path}" for name, path in {**places, "HTML": Path(out, "index.html")}.items()]
+    where = [f"{name}: {path}" for name, path in places.items()]
     return "\n".join([f"{len(results)} notebooks: {', '.join(counts)}", *problems, *remarks, *failed, *where])
 
 
@@ -380,7 +376,7 @@ def _claimed(out: Path, *folders: Path) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     try:
-        for path in (out / "notebooks", out / "html", out / "status", out / "partial", *folders):
+        for path in (out / "notebooks", out / "status", out / "partial", *folders):
             path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock", timeout=0)
         lock.acquire()
@@ -452,43 +448,6 @@ def _sentence(error: BaseException) -> str:
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
-def report(out: str | os.PathLike[str]) -> Path:
-    """Build HTML pages and index again from the executed notebooks in `out`; return the path of the index."""
-    import nbformat
-
-    out = Path(out)
-    executed = sorted((out / "notebooks").glob("*.ipynb"))
-    if not executed:
-        raise UserError(f"no executed notebooks in {out / 'notebooks'}: run `ltseg run --out {out}` first")
-    for path in executed:
-        write(out / "html" / f"{path.stem}.html", to_html(nbformat.read(path, as_version=4), path))
-    write(out / "index.html", _index(out, [read(path) for path in executed], {}))
-    return out / "index.html"
-
-
-def _index(out: Path, available: Sequence[Notebook], results: Mapping[str, Result]) -> str:
-    rows = []
-    for n in available:
-        status = _status(out, n.name)
-        state = results[n.name].state if n.name in results else status.get("state", "not run")
-        page = out / "html" / f"{n.name}.html"
-        link = f'<a href="html/{html.escape(page.name)}">{n.name}</a>' if page.exists() else n.name
-        error = results[n.name].error if n.name in results else status.get("error")
-        cells = [link, html.escape(n.question), html.escape(f"{state}: {error}" if error else state)]
-        time_cell = f"{status['wall_s']:.0f} s" if "wall_s" in status else ""
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, time_cell]) + "</tr>")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Executed notebooks</title>
-<style>body {{ font-family: system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
-td, th {{ text-align: left; padding: .3rem 1rem .3rem 0; vertical-align: top }}</style></head>
-<body><h1>Executed notebooks</h1>
-<table><tr><th>Notebook</th><th>Question</th><th>State</th><th>Run time</th></tr>
-{chr(10).join(rows)}
-</table></body></html>
-"""
-
-
 # ------------------------------------------------------------------------------------ the process of `launch`
 
 
@@ -529,11 +488,10 @@ def _execute(task: Mapping[str, Any]) -> None:
             config=Config(KernelManager={"transport": "tcp"}),  # parallel kernels met on one ipc path
         )
         executed.metadata.papermill["input_path"] = task["path"]  # papermill has put the whole notebook there
-        write(out / "html" / f"{name}.html", to_html(executed, Path(task["path"])))
         write(out / "notebooks" / f"{name}.ipynb", nbformat.writes(executed))
         partial.unlink()
         made = [str(p) for p, modified in _modified(figures).items() if before.get(p) != modified]
-        outputs = [f"notebooks/{name}.ipynb", f"html/{name}.html", *made]
+        outputs = [f"notebooks/{name}.ipynb", *made]
         save(state="finished", outputs=outputs, remark=text_differs(executed))
     except PapermillExecutionError as error:  # its metadata are no witness: cells that never ran are "completed"
         first = error.evalue.strip().partition("\n")[0]
