@@ -403,3 +403,37 @@ def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) ->
     if len(seeds) == 1:
         return f"{text} (one seed)", "open"
     return text, verdict(low, high, part.expected, margin=part.margin)
+
+
+def claims_board(tables: Mapping[str, pd.DataFrame], missing: Mapping[str, str]) -> pd.DataFrame:
+    """One row for every claim of the papers, indexed by its ID: what all notebooks together say of it.
+
+    tables: by name `NN_claims`, rows as those of `judge` with the columns claim, found, verdict, data
+    missing: what it would take to judge a claim, for those that no notebook judges
+    Columns: statement, published, found (a sentence for each notebook), data, verdict, notebooks (their numbers).
+    A claim is supported (contradicted) if one notebook finds it so and none the opposite, otherwise open. A row that
+    only points elsewhere ("see notebook 04") gives way to any other.
+    Raises UserError for an unknown claim, a claim that is neither judged nor said to be missing, and one that is both.
+    """
+    known = claims()
+    frames = [table.assign(notebook=name.partition("_")[0]) for name, table in tables.items()]
+    needs = pd.DataFrame({"claim": list(missing), "found": list(missing.values()), "verdict": "open", "notebook": ""})
+    rows = pd.concat([*frames, needs], ignore_index=True).fillna({"data": ""})
+    for claim in rows["claim"]:
+        choose("claim", claim, known.index)
+    if unclear := known.index.difference(rows["claim"]).tolist():
+        raise UserError(f"no notebook judges {', '.join(unclear)}: say what is missing, or run all notebooks first")
+    judged = {claim for frame in frames for claim in frame["claim"]}
+    if both := sorted(judged.intersection(missing)):
+        raise UserError(f"said to be missing, but judged by a notebook: {', '.join(both)}")
+    board = []
+    for claim, own in rows.groupby("claim"):
+        direct = own[~own["found"].str.startswith("see notebook")]
+        own = direct if len(direct) else own
+        found = set(own["verdict"]) - {"open"}
+        text = "; ".join(f"{n}: {t}" if n else t for n, t in zip(own["notebook"], own["found"], strict=True))
+        numbers, data = (", ".join(filter(None, dict.fromkeys(own[c]))) for c in ("notebook", "data"))
+        verdict = found.pop() if len(found) == 1 else "open"
+        board.append((claim, *known.loc[claim, ["statement", "published"]], text, data, verdict, numbers))
+    columns = ["claim", "statement", "published", "found", "data", "verdict", "notebooks"]
+    return pd.DataFrame(board, columns=columns).set_index("claim").loc[known.index]
