@@ -339,6 +339,12 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     return "contradicted" if "contradicted" in found else "supported" if found == {"supported"} else "open"
 
 
+def agreed(verdicts: Iterable[Verdict]) -> Verdict:
+    """Verdict of several measurements of one claim: what some of them say if none says the opposite, else open."""
+    found = set(verdicts) - {"open"}
+    return found.pop() if len(found) == 1 else "open"
+
+
 class Comparison(NamedTuple):
     """One testable part of a claim: the paired difference of a mean between two methods has an expected sign.
 
@@ -405,35 +411,28 @@ def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) ->
     return text, verdict(low, high, part.expected, margin=part.margin)
 
 
-def claims_board(tables: Mapping[str, pd.DataFrame], missing: Mapping[str, str]) -> pd.DataFrame:
+def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row for every claim of the papers, indexed by its ID: what all notebooks together say of it.
 
     tables: by name `NN_claims`, rows as those of `judge` with the columns claim, found, verdict, data
-    missing: what it would take to judge a claim, for those that no notebook judges
     Columns: statement, published, found (a sentence for each notebook), data, verdict, notebooks (their numbers).
-    A claim is supported (contradicted) if one notebook finds it so and none the opposite, otherwise open. A row that
-    only points elsewhere ("see notebook 04") gives way to any other.
-    Raises UserError for an unknown claim, a claim that is neither judged nor said to be missing, and one that is both.
+    The verdicts of several notebooks are one by `agreed`; a claim that no table judges is open. A row that only
+    points elsewhere ("see notebook 04") gives way to any other.
+    Raises UserError for an unknown claim.
     """
     known = claims()
-    frames = [table.assign(notebook=name.partition("_")[0]) for name, table in tables.items()]
-    needs = pd.DataFrame({"claim": list(missing), "found": list(missing.values()), "verdict": "open", "notebook": ""})
-    rows = pd.concat([*frames, needs], ignore_index=True).fillna({"data": ""})
+    empty = pd.DataFrame(columns=["claim", "found", "verdict", "data", "notebook"])
+    rows = pd.concat([empty, *(table.assign(notebook=name.partition("_")[0]) for name, table in tables.items())])
     for claim in rows["claim"]:
         choose("claim", claim, known.index)
-    if unclear := known.index.difference(rows["claim"]).tolist():
-        raise UserError(f"no notebook judges {', '.join(unclear)}: say what is missing, or run all notebooks first")
-    judged = {claim for frame in frames for claim in frame["claim"]}
-    if both := sorted(judged.intersection(missing)):
-        raise UserError(f"said to be missing, but judged by a notebook: {', '.join(both)}")
-    board = []
-    for claim, own in rows.groupby("claim"):
-        direct = own[~own["found"].str.startswith("see notebook")]
-        own = direct if len(direct) else own
-        found = set(own["verdict"]) - {"open"}
-        text = "; ".join(f"{n}: {t}" if n else t for n, t in zip(own["notebook"], own["found"], strict=True))
-        numbers, data = (", ".join(filter(None, dict.fromkeys(own[c]))) for c in ("notebook", "data"))
-        verdict = found.pop() if len(found) == 1 else "open"
-        board.append((claim, *known.loc[claim, ["statement", "published"]], text, data, verdict, numbers))
-    columns = ["claim", "statement", "published", "found", "data", "verdict", "notebooks"]
-    return pd.DataFrame(board, columns=columns).set_index("claim").loc[known.index]
+    pointer = rows["found"].str.startswith("see notebook")
+    rows = rows[~pointer | ~rows["claim"].isin(rows.loc[~pointer, "claim"])]
+    said = rows.assign(found=rows["notebook"] + ": " + rows["found"]).groupby("claim")
+    together = {
+        "found": said["found"].agg("; ".join),
+        "data": said["data"].agg(lambda names: ", ".join(dict.fromkeys(names))),
+        "verdict": said["verdict"].agg(agreed),
+        "notebooks": said["notebook"].agg(", ".join),
+    }
+    board = known[["statement", "published"]].join(pd.DataFrame(together))
+    return board.fillna({"found": "no notebook that judges it was run", "data": "", "verdict": "open", "notebooks": ""})
