@@ -6,7 +6,7 @@ formulas become MathML, which browsers draw themselves. This module is also the 
 
     index.md       the question list: question and answer of every notebook
     notebooks/     the executed notebooks, each with its files to download
-    claims.rst     figures/*_claims.csv: claim, statement, published, found, verdict, notebook
+    claims.rst     `analysis.claims_board` of figures/*_claims.csv
     methods/       a page for every key of `METHODS`, with its rows of figures/*_means.csv (tables of `analysis.means`)
 """
 
@@ -36,9 +36,9 @@ from ltseg_core import __version__, analysis, viz
 from ltseg_core.config import UserError
 from ltseg_core.losses import LOSSES
 from ltseg_core.methods import METHODS
-from ltseg_core.notebook import Notebook, read, write
+from ltseg_core.notebook import PACKAGE, Notebook, read, write
 
-CLAIMS = ("claim", "statement", "published", "found", "verdict", "notebook")
+CLAIMS = ("claim", "found", "verdict", "data")
 MEANS = ("method", "metric", "value", "low", "high")
 PAPERS = {
     "RR": "Region Rebalance",
@@ -46,7 +46,7 @@ PAPERS = {
     "PAT": "PAT",
     "MED": "MEDOE",
     "DIS": "DisAlign",
-    "X": "several papers",
+    "X": "several papers at once",
 }
 SETTINGS = {
     "project": "ltseg",
@@ -90,7 +90,7 @@ div.cell_output table :is(td, th) { max-width: 20rem; padding: 0.2rem 0.6rem; te
 
 
 def build(out: str | os.PathLike[str]) -> Path:
-    """Make `out`/site from the executed notebooks and tables in `out`; return the path of its first page.
+    """Make `out`/site from the executed notebooks and tables in `out`, if it is older; return its first page.
 
     What Sphinx warns of goes to standard error. The site is replaced when the new one is finished.
     Raises UserError if there are no executed notebooks, a table lacks a column, or the site cannot be written.
@@ -99,16 +99,20 @@ def build(out: str | os.PathLike[str]) -> Path:
     executed = [read(path) for path in sorted((out / "notebooks").glob("*.ipynb"))]
     if not executed:
         raise UserError(f"no executed notebooks in {out / 'notebooks'}: run `ltseg run --out {out}` first")
+    index = out / "site" / "index.html"
+    sources = [*(out / "notebooks").iterdir(), *(out / "figures").glob("*"), *PACKAGE.rglob("*.py")]
+    if index.exists() and index.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        return index
     try:
         with tempfile.TemporaryDirectory(dir=out, prefix=".site-") as scratch:
-            sources, pages = Path(scratch, "sources"), Path(scratch, "pages")
-            _write_sources(sources, executed, out / "figures")
-            _sphinx(sources, pages, Path(scratch, "doctrees"))
+            texts, pages = Path(scratch, "sources"), Path(scratch, "pages")
+            _write_sources(texts, executed, out / "figures")
+            _sphinx(texts, pages, Path(scratch, "doctrees"))
             shutil.rmtree(out / "site", ignore_errors=True)
             os.replace(pages, out / "site")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out / 'site'}: {error.strerror}") from None
-    return out / "site" / "index.html"
+    return index
 
 
 def _sphinx(sources: Path, pages: Path, doctrees: Path) -> None:
@@ -179,7 +183,7 @@ def _tables(figures: Path, kind: str, columns: Sequence[str]) -> dict[str, pd.Da
     tables = {}
     for path in sorted(figures.glob(f"*_{kind}.csv")):
         try:
-            tables[path.stem] = table = pd.read_csv(path)
+            tables[path.stem] = table = pd.read_csv(path, dtype=str if kind == "claims" else None)
         except ValueError as error:
             raise UserError(f"{path} is no table ({error}): run its notebook again") from None
         if missing := [column for column in columns if column not in table]:
@@ -190,30 +194,31 @@ def _tables(figures: Path, kind: str, columns: Sequence[str]) -> dict[str, pd.Da
 def _claims(tables: Mapping[str, pd.DataFrame], notebooks: Iterable[str]) -> str:
     """The claims board: how the verdicts fall, then every claim under its paper."""
     if not tables:
-        return _title("Claims") + "No claim is judged here yet: run notebook 15 (``ltseg run 15``), then report again."
-    board = pd.concat(tables.values(), ignore_index=True)[list(CLAIMS)].fillna("").astype(str).drop_duplicates()
-    paper = board["claim"].str.partition("-")[0].map(lambda prefix: PAPERS.get(prefix, prefix)).rename("claims of")
-    verdicts = [verdict for verdict in get_args(analysis.Verdict) if verdict in set(board["verdict"])]
+        return _title("Claims") + "No claim is judged here yet: run the notebooks (``ltseg run``), then report again."
+    board = analysis.claims_board(tables)
+    pages = {name[:2]: f":doc:`{name} </notebooks/{name}>`" for name in notebooks}
+    paper = board.index.str.partition("-").get_level_values(0).map(PAPERS).rename("claims of")
+    verdicts = list(get_args(analysis.Verdict))
     text = [
         _title("Claims"),
-        "What the papers say, in our words and with their numbers, and what was found here. A verdict is computed from"
-        " the interval of a difference; *open* means that it decides nothing, or that something is missing to test it.",
+        "What the papers say, in our words and with their numbers, and what was found here, notebook by notebook. A"
+        " verdict is computed from the interval of a difference; *open* means that it decides nothing, or that"
+        " something is missing to test it.",
         "",
         *(f".. role:: {verdict}" for verdict in verdicts),
         "",
-        _table(pd.crosstab(paper, board["verdict"]).reindex(paper.unique())[verdicts].reset_index()),
+        _table(
+            pd.crosstab(paper, board["verdict"]).reindex(paper.unique(), columns=verdicts, fill_value=0).reset_index()
+        ),
     ]
     for name, claims in board.groupby(paper, sort=False):
         text += [_title(str(name), "-"), ".. rst-class:: claims\n"]
-        for claim, findings in claims.groupby("claim", sort=False):
-            text += [f"_`{claim}` {_plain(findings['statement'].iloc[0])}"]
-            for row in findings.itertuples():
-                fields = {field: _plain(getattr(row, field)) for field in ("published", "found", "verdict", "notebook")}
-                if row.verdict in verdicts:
-                    fields["verdict"] = f":{row.verdict}:`{row.verdict}`"
-                if row.notebook in notebooks:
-                    fields["notebook"] = f":doc:`{row.notebook} </notebooks/{row.notebook}>`"
-                text += [f"    :{field}: {value}" for field, value in fields.items() if value] + [""]
+        for claim, row in claims.iterrows():
+            fields = {field: _plain(row[field]) for field in ("published", "found", "data")}
+            fields["verdict"] = f":{row['verdict']}:`{row['verdict']}`"
+            fields["notebooks"] = ", ".join(pages.get(n, n) for n in row["notebooks"].split(", "))
+            text += [f"_`{claim}` {_plain(row['statement'])}"]
+            text += [f"    :{field}: {value}" for field, value in fields.items() if value] + [""]
     return "\n".join(text)
 
 
