@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from ltseg_core.methods import build_method
 from ltseg_core.models import build_model
 from ltseg_core.notebook import package_hash
 
-Remembered = TypeVar("Remembered", pd.DataFrame, dict[str, np.ndarray])
+Remembered = TypeVar("Remembered", pd.DataFrame, dict[Any, np.ndarray])
 FORMAT = 1  # of the run directory; raised when a reader of older runs would be wrong
 
 
@@ -148,9 +149,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remembered(name: str, compute: Callable[[], Remembered]) -> Remembered:
-    """What `compute()` returns: a table, or arrays by name. Called again after the same cells, it is read from a file.
+    """What `compute()` returns; called again after the same cells, it is read from a file.
 
-    For what takes seconds and follows from finished runs alone, so that figures can be drawn again at once. The file
+    compute() gives a table, or arrays under names that are texts, numbers or tuples of them. For what takes seconds and follows from finished runs alone, so that figures can be drawn again at once. The file
     lies in the folder of runs and may be deleted; its name is a hash of `name`, of every cell that this kernel ran so
     far, of the package, and of the folders of runs and data. Outside IPython nothing is kept.
     """
@@ -165,7 +166,7 @@ def remembered(name: str, compute: Callable[[], Remembered]) -> Remembered:
         suppress(OSError, ValueError, zipfile.BadZipFile),
         np.load(stem.with_suffix(".npz"), allow_pickle=False) as file,
     ):
-        return cast(Remembered, dict(file))
+        return cast(Remembered, {ast.literal_eval(key): array for key, array in file.items()})
     with suppress(OSError, ValueError):
         return cast(Remembered, pd.read_parquet(stem.with_suffix(".parquet")))
     value = compute()
@@ -178,9 +179,9 @@ def remembered(name: str, compute: Callable[[], Remembered]) -> Remembered:
     return value
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def _save_arrays(path: Path, arrays: Mapping[Any, Any]) -> None:
     with path.open("wb") as file:  # given a path, NumPy would add a suffix
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **{repr(key): array for key, array in arrays.items()})
 
 
 def publish(partial: Path, final: Path) -> None:

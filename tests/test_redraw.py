@@ -62,12 +62,12 @@ def test_remembered_until_a_cell_the_package_or_a_folder_changes(shell, monkeypa
 
     def value():
         calls.append(1)
-        return {"a": np.arange(3), "b": np.ones((2, 2), dtype=bool)}
+        return {"a": np.arange(3), ("b", 0.5): np.ones((2, 2), dtype=bool)}
 
     for _ in range(2):
         kept = results.remembered("x", value)
         assert {k: v.tolist() for k, v in kept.items()} == {k: v.tolist() for k, v in value().items()}
-        assert kept["b"].dtype == bool
+        assert kept["b", 0.5].dtype == bool
         calls.pop()
     assert len(calls) == 1
     results.remembered("other name", value)
