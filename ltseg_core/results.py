@@ -151,9 +151,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def remembered(name: str, compute: Callable[[], Remembered]) -> Remembered:
     """What `compute()` returns; called again after the same cells, it is read from a file.
 
-    compute() gives a table, or arrays under names that are texts, numbers or tuples of them. For what takes seconds and follows from finished runs alone, so that figures can be drawn again at once. The file
-    lies in the folder of runs and may be deleted; its name is a hash of `name`, of every cell that this kernel ran so
-    far, of the package, and of the folders of runs and data. Outside IPython nothing is kept.
+    compute() gives a table, or arrays under names that are texts, numbers or tuples of them. For what takes seconds
+    and follows from finished runs alone, so that figures can be drawn again at once. The file lies in the folder of
+    runs and may be deleted; its name is a hash of `name`, of every cell that this kernel ran so far, of the package,
+    and of the folders of runs and data. Outside IPython nothing is kept.
     """
     from IPython import get_ipython
 
