@@ -194,22 +194,27 @@ def frequency_correlations(
 ) -> pd.DataFrame:
     """How closely class scores follow class frequencies: score, kind, frequency, value, low, high, classes.
 
-    frequency: one row per class, one column per way to count (pixels, images, ...);  scores: (C,) each
-    kind: a key of CORRELATIONS, `pearson` being that of the raw counts; intervals as in `stats.correlation`.
+    frequency: one row per class, one column per way to count (pixels, images, ...)
+    scores: (C,) each, or (M, C), the scores of M models: then the mean of their coefficients
+    kind: a key of CORRELATIONS, `pearson` being that of the raw counts. 95 % bootstrap percentile intervals, classes
+    resampled with replacement, alike for everything in the table.
     For every column after the first there is also its difference to the first, `images - pixels`.
-    A class without score or with a count of zero is left out.
+    A class with a count of zero, or without one of the scores, is left out of all.
     """
     first, *others = frequency.columns
-    occurs = (frequency > 0).all(axis=1).to_numpy()
+    stacked = [np.atleast_2d(score) for score in scores.values()]
+    y, last = np.concatenate(stacked), np.cumsum([len(rows) for rows in stacked])
+    used = (frequency > 0).all(axis=1).to_numpy() & ~np.isnan(y).any(0)
     rows = []
-    for name, score in scores.items():
-        y = np.where(occurs, score, np.nan)
-        for kind, (coefficient, scale) in CORRELATIONS.items():
-            x = {column: scale(frequency[column].to_numpy(dtype=float)[occurs]) for column in frequency}
-            correlation = partial(stats.correlation, y=y[occurs], kind=coefficient, replicates=replicates)
-            found = {column: correlation(x[column]) for column in x}
-            found |= {f"{column} - {first}": correlation(x[column], less=x[first]) for column in others}
-            rows += [(name, kind, c, *limits, int((~np.isnan(y)).sum())) for c, limits in found.items()]
+    for kind, (coefficient, scale) in CORRELATIONS.items():
+        x = scale(frequency.to_numpy(dtype=float)[used].T)
+        found = stats.resampled_correlations(x, y[:, used], kind=coefficient, replicates=replicates)
+        for name, models in zip(scores, np.split(found, last[:-1], axis=2), strict=True):
+            samples = dict(zip(frequency, models.mean(2).T, strict=True))
+            samples |= {f"{column} - {first}": samples[column] - samples[first] for column in others}
+            for column, values in samples.items():
+                low, high = stats.percentile_interval(values[1:], 0.95)
+                rows.append((name, kind, column, values[0], low, high, int(used.sum())))
     return pd.DataFrame(rows, columns=["score", "kind", "frequency", "value", "low", "high", "classes"])
 
 

@@ -94,12 +94,17 @@ METHOD_LABELS = {
     "vs": "vector scaling",
 }
 """Append only: the place of a method in this list is its colour, marker, line and hatch in every notebook."""
+KIND_LABELS = {"pearson": "raw counts", "pearson log": "log counts", "spearman": "ranks (Spearman)"}
 METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pixel_acc": "pixel Acc"}
 
 _HUES = ("#333333", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#9a7d5a")  # Okabe-Ito
 _MARKERS = "osD^vPXphd*<>8"
 _LINES = ((0, ()), (0, (5, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||")
+
+
+FREQUENCY_STYLES = {"pixels": (_HUES[2], "o"), "images": (_HUES[0], "D"), "components": (_HUES[1], "^")}
+"""Colour and marker of each way to count classes."""
 
 
 class MethodStyle(NamedTuple):
@@ -626,6 +631,91 @@ def plot_sweep(table: pd.DataFrame, parameter: str, axes: np.ndarray | None = No
         ax.yaxis.set_major_formatter(_percent)
         ax.set(xlabel=parameter, ylabel=f"{' '.join(METRIC_LABELS.get(w, w) for w in metric.split())} (%)")
         ax.grid()
+    return axes
+
+
+@_styled
+def plot_against_frequency(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    frequency: str = "pixels",
+    score: str = "acc",
+    log: bool = False,
+    title: str = "",
+) -> Axes:
+    """Score of each class over its share of all pixels, images, ...: what a correlation coefficient sums up.
+
+    table: class, group, columns named as `frequency` (counts) and `score` (fractions). The largest class is named.
+    """
+    _columns(table, "class", "group", frequency, score)
+    ax = subplots()[1][0, 0] if ax is None else ax
+    share = (table[frequency] / table[frequency].sum()).to_numpy()
+    for name in GROUPS:
+        mine = (table["group"] == name).to_numpy()
+        look: dict[str, Any] = {"color": GROUP_COLOURS[name], "marker": GROUP_MARKERS[name]}
+        ax.scatter(share[mine], table[score][mine], s=14, linewidth=0, label=name, **look)
+    k = int(share.argmax())
+    below: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 7}
+    ax.annotate(_short(table["class"].iloc[k]), (share[k], table[score].iloc[k]), (3, -4), **below)
+    if log:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(_percent)
+    ax.yaxis.set_major_formatter(_percent)
+    ax.set(xlabel=f"share of {frequency} (%)", ylabel=f"{METRIC_LABELS.get(score, score)} (%)", title=title)
+    ax.grid()
+    return ax
+
+
+@_styled
+def plot_correlations(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
+    """Correlation with class frequency as dots with intervals: a panel per data set and kind, a row per score.
+
+    table: data and the columns of `analysis.frequency_correlations`. A dot is full where its interval leaves out 0,
+    hollow where it does not (or there is none). Returns the axes, (data sets, kinds).
+    """
+    _columns(table, "data", "score", "kind", "frequency", "value", "low", "high")
+    kinds, ways = (list(dict.fromkeys(table[c])) for c in ("kind", "frequency"))
+    rows = {name: list(dict.fromkeys(own["score"])) for name, own in table.groupby("data", sort=False)}
+    if axes is None:
+        lengths = [len(scores) for scores in rows.values()]
+        height = 0.6 + 0.5 * len(rows) + (0.1 + 0.05 * len(ways)) * sum(lengths)
+        axes = subplots(len(rows), len(kinds), height=height)[1]
+        axes[0, 0].get_gridspec().set_height_ratios(lengths)
+    axes = np.asarray(axes).reshape(len(rows), len(kinds))
+    for ax, ((name, scores), kind) in zip(axes.flat, product(rows.items(), kinds), strict=True):
+        y = np.arange(len(scores))
+        ax.axvline(0, color="0.15", linewidth=0.8)
+        for i, way in enumerate(ways):
+            own = table[(table["data"] == name) & (table["kind"] == kind) & (table["frequency"] == way)]
+            own = own.set_index("score").reindex(scores)
+            colour, marker = FREQUENCY_STYLES[way.split(" - ")[0]]
+            at = y + 0.6 * ((i + 0.5) / len(ways) - 0.5)
+            ax.hlines(at, own["low"], own["high"], color=colour, linewidth=1.2)
+            faces = [colour if sure else "white" for sure in (own["low"] > 0) | (own["high"] < 0)]
+            dots: dict[str, Any] = {"marker": marker, "edgecolor": colour, "linewidth": 0.9, "zorder": 3}
+            ax.scatter(own["value"], at, s=20, c=faces, **dots)
+        ax.set(yticks=[], ylim=(len(y) - 0.5, -0.5), title=KIND_LABELS.get(kind, kind))
+        ax.grid(axis="x")
+    for line, (name, scores) in zip(axes, rows.items(), strict=True):
+        line[0].set_yticks(range(len(scores)), scores)
+        line[0].set_ylabel(name)
+        limits = [ax.get_xlim() for ax in line]
+        for ax in line:
+            ax.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+    axes[0, 0].figure.align_ylabels(axes[:, 0])
+    axes[-1, len(kinds) // 2].set_xlabel("difference of correlations" if " - " in ways[0] else "correlation")
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for way in ways:
+        colour, marker = FREQUENCY_STYLES[way.split(" - ")[0]]
+        handles.append(Line2D([], [], color=colour, marker=marker, linewidth=1.2, label=way))
+    axes[0, 0].figure.legend(handles=handles, loc="outside lower center", ncols=len(ways))
     return axes
 
 

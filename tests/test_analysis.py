@@ -126,6 +126,15 @@ def test_correlation_with_frequency():
     assert value["pearson log", "pixels"] == pytest.approx(1)
     assert set(table["classes"]) == {18}
 
+    other = rng.normal(size=20)
+    both = analysis.frequency_correlations(frequency, {"mean": np.stack([acc, other]), "other": other}, replicates=50)
+    mean, second = (both[both["score"] == s].set_index(["kind", "frequency"])["value"] for s in ("mean", "other"))
+    pd.testing.assert_series_equal(mean, (value + second) / 2)
+    limits = table.set_index(["kind", "frequency"]).loc[("pearson", "images - pixels"), ["low", "high"]]
+    x = {c: frequency[c].to_numpy()[used] for c in frequency}
+    expected = stats.correlation(x["images"], acc[used], less=x["pixels"], replicates=50)
+    np.testing.assert_allclose(limits.to_numpy(dtype=float), expected[1:], atol=1e-12)
+
 
 def test_public_results(tmp_path, real_data):
     with pytest.raises(UserError, match=r"per_class_results.csv is missing: fetch it with .* data_prep ade20k_stats"):

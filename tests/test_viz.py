@@ -399,6 +399,45 @@ def test_means_stand_at_their_metric_with_their_intervals() -> None:
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["cross-entropy", "BLV"]
 
 
+def test_scores_over_frequency_stand_at_their_share_in_the_look_of_their_group() -> None:
+    table = pd.DataFrame({"class": list("abcd"), "images": [50, 30, 15, 5], "acc": [0.9, 0.7, 0.2, 0.4]})
+    table["group"] = ["head", "head", "body", "tail"]
+    ax = viz.plot_against_frequency(table, frequency="images", log=True)
+    shown = dots(ax)
+    np.testing.assert_allclose(shown["head"], [[0.5, 0.9], [0.3, 0.7]])
+    np.testing.assert_allclose(shown["tail"], [[0.05, 0.4]])
+    assert [t.get_text() for t in ax.texts] == ["a"], "the most frequent is named"
+    assert (ax.get_xscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "share of images (%)", "Acc (%)")
+
+
+def test_correlations_are_full_where_the_interval_leaves_out_zero() -> None:
+    columns = ["data", "score", "kind", "frequency", "value", "low", "high"]
+    rows = [
+        ("here", "one", "pearson", "pixels", 0.4, 0.2, 0.5),
+        ("here", "one", "pearson", "images", 0.1, -0.2, 0.3),
+        ("here", "two", "pearson", "pixels", -0.3, -0.5, -0.1),
+        ("here", "paper", "pearson", "images", 0.4, np.nan, np.nan),
+        ("here", "one", "pearson log", "pixels", 0.6, 0.5, 0.7),
+        ("there", "three", "pearson log", "pixels", 0.7, 0.6, 0.8),
+    ]
+    axes = viz.plot_correlations(pd.DataFrame(rows, columns=columns))
+    assert [ax.get_title("left") for ax in axes[0]] == ["raw counts", "log counts"]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["here", "there"]
+    raw = axes[0, 0]
+    assert [[t.get_text() for t in ax.get_yticklabels()] for ax in axes[:, 0]] == [["one", "two", "paper"], ["three"]]
+    assert raw.yaxis_inverted()
+    pixels, images = (c for c in raw.collections if isinstance(c, PathCollection))
+    full = [[to_hex(face) != "#ffffff" for face in c.get_facecolor()] for c in (pixels, images)]
+    assert [full[0][:2], full[1][0], full[1][2]] == [[True, True], False, False]
+    np.testing.assert_allclose(pixels.get_offsets()[:2], [[0.4, -0.15], [-0.3, 0.85]])
+    np.testing.assert_allclose(images.get_offsets()[0], [0.1, 0.15])
+    assert {tuple(s[:, 0]) for s in segments(raw)} >= {(0.2, 0.5), (-0.2, 0.3), (-0.5, -0.1)}
+    assert legend_of(raw.figure) == ["pixels", "images"]
+    assert raw.get_xlim() == axes[0, 1].get_xlim()
+    assert raw.get_xlim()[0] < -0.5
+    assert raw.get_xlim()[1] > 0.7
+
+
 def test_figures_are_drawn_on_the_axes_given() -> None:
     _, axes = viz.subplots(2, 2)
     table = score_table(3, ("ce", "blv"))
@@ -410,7 +449,16 @@ def test_figures_are_drawn_on_the_axes_given() -> None:
 
 @pytest.mark.parametrize(
     "plot",
-    ["plot_imbalance", "plot_image_imbalance", "plot_history", "plot_per_class", "plot_deltas", "plot_means"],
+    [
+        "plot_imbalance",
+        "plot_image_imbalance",
+        "plot_history",
+        "plot_per_class",
+        "plot_deltas",
+        "plot_means",
+        "plot_against_frequency",
+        "plot_correlations",
+    ],
 )
 def test_a_table_without_a_column_is_refused_by_name(plot: str) -> None:
     with pytest.raises(ValueError, match="the table lacks the column"):
