@@ -432,12 +432,12 @@ def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         choose("claim", claim, known.index)
     pointer = rows["found"].str.startswith("see notebook")
     rows = rows[~pointer | ~rows["claim"].isin(rows.loc[~pointer, "claim"])]
-    said = rows.assign(found=rows["notebook"] + ": " + rows["found"]).groupby("claim")
+    said = rows.assign(found=rows["notebook"] + " (" + rows["data"] + "): " + rows["found"]).groupby("claim")
     together = {
         "found": said["found"].agg("; ".join),
-        "data": said["data"].agg(lambda names: ", ".join(dict.fromkeys(names))),
+        "data": said["data"].unique().map(", ".join),
         "verdict": said["verdict"].agg(agreed),
-        "notebooks": said["notebook"].agg(", ".join),
+        "notebooks": said["notebook"].unique().map(", ".join),
     }
     board = known[["statement", "published"]].join(pd.DataFrame(together))
     return board.fillna({"found": "no notebook that judges it was run", "data": "", "verdict": "open", "notebooks": ""})

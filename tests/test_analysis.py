@@ -291,11 +291,12 @@ def test_claims_board():
     }
     board = analysis.claims_board(tables)
     assert board.index.tolist() == analysis.claims().index.tolist()
-    assert board.loc["RR-05", ["verdict", "found"]].tolist() == ["supported", "02: falls; 05: one seed"]
+    found = "02 (scenes): falls; 05 (scenes): one seed"
+    assert board.loc["RR-05", ["verdict", "found"]].tolist() == ["supported", found]
     assert board.loc["RR-05", ["notebooks", "data"]].tolist() == ["02, 05", "scenes"]
     assert board.loc[["RR-06", "BLV-01"], "verdict"].tolist() == ["open", "open"], "nobody knows; they disagree"
-    assert board.loc["MED-02", ["verdict", "found"]].tolist() == ["contradicted", "04: weaker"]
-    assert board.loc["PAT-18", ["verdict", "found"]].tolist() == ["open", "05: see notebook 14"]
+    assert board.loc["MED-02", ["verdict", "found"]].tolist() == ["contradicted", "04 (scenes): weaker"]
+    assert board.loc["PAT-18", ["verdict", "found"]].tolist() == ["open", "05 (scenes): see notebook 14"]
     assert board.loc["RR-01", ["verdict", "notebooks"]].tolist() == ["open", ""]
     assert "was run" in board.loc["RR-01", "found"]
     with pytest.raises(UserError, match="RR-99"):

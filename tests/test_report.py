@@ -149,7 +149,7 @@ def test_the_board_counts_the_verdicts_and_keeps_every_word(site):
     for words in (
         "claims of supported contradicted open Region Rebalance 1 1 24 BLV 0 0 27",
         "several papers at once 1 0 5",
-        f"found: 01: +0.2; 07: {NASTY} data: scenes, camvid verdict: supported",
+        f"found: 01 (scenes): +0.2; 07 (camvid): {NASTY} data: scenes, camvid verdict: supported",
     ):
         assert words in text.replace("found : ", "found: ")
     pages = [link for link in board.links if "notebooks/" in link]
