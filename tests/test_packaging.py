@@ -31,6 +31,7 @@ ROWS = [
     "models",
     "methods",
     "evaluate",
+    "features",
     "results",
     "parallel",
 ]
