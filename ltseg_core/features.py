@@ -39,9 +39,9 @@ class Pixels(NamedTuple):
 def draw_pixels(dataset: SegmentationDataset, *, images: int = 8, pixels: int = 25, seed: int = 0) -> Pixels:
     """The same number of pixels of every class, from the same number of images: `pixels` in each of `images` images.
 
-    Rare classes live in few images. Were frequent ones drawn from all, their features would be spread by the number
-    of images alone. Only images with at least `pixels` pixels of a class count for it; a class with fewer such
-    images has fewer pixels in the result, down to none (see `coverage`).
+    Rare classes live in few images, and the variance within m images lacks a share 1/m of what lies between images:
+    drawn from all, frequent classes would be wider by that alone. Only images with at least `pixels` pixels of a class
+    count for it; a class with fewer such images has fewer pixels in the result, down to none (see `coverage`).
     Raises ValueError for numbers < 1 and UserError if no class has an image that counts.
     """
     if min(images, pixels) < 1:
