@@ -294,7 +294,7 @@ def resample(counts: Array | Marginals | Resampled, *, replicates: int = 2000, s
     m = np.stack([v.cpu().numpy() if isinstance(v, Tensor) else v for v in marginals(counts)])
     if m.ndim != 4 or 0 in m.shape:
         raise ValueError(f"expected counts of shape (S, N, C, C), none of them 0, got marginals of shape {m.shape[1:]}")
-    drawn = _weights(np.random.default_rng(seed), replicates, m.shape[2])  # (R, N)
+    drawn = resampling_weights(np.random.default_rng(seed), replicates, m.shape[2])  # (R, N)
     return Resampled(Marginals(*m.sum(2)), Marginals(*np.matmul(drawn, m)), m.shape[2])
 
 
@@ -317,7 +317,7 @@ def interval(
     per-class metric.
     """
     drawn = resample(counts, replicates=replicates, seed=seed)
-    return _with_limits(metric(drawn.seeds), _replicated(drawn, metric), confidence, images=drawn.images)
+    return with_limits(metric(drawn.seeds), _replicated(drawn, metric), confidence, images=drawn.images)
 
 
 def paired_interval(
@@ -342,7 +342,7 @@ def paired_interval(
             f"{s} x {n} x {c} and {s2} x {n2} x {c2} (seeds x images x classes)"
         )
     samples = _replicated(x, metric) - _replicated(y, metric)
-    return _with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
+    return with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
 
 
 def _replicated(drawn: Resampled, metric: Callable[[Array | Marginals], Array]) -> np.ndarray:
@@ -350,7 +350,11 @@ def _replicated(drawn: Resampled, metric: Callable[[Array | Marginals], Array]) 
     return nanmean(np.moveaxis(metric(drawn.replicates), 0, -1))
 
 
-def _with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
+def with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
+    """Mean over seeds with its interval over images and seeds, as in `interval`: (value, low, high).
+
+    scores: (S,) or (S, C) per seed;  samples: (R,) or (R, C) bootstrap replicates over `images` images of their mean
+    """
     value = nanmean(np.moveaxis(scores, 0, -1))
     low, high = percentile_interval(samples, confidence)
     _, seeds_low, seeds_high = seed_interval(scores, confidence=confidence)
@@ -381,7 +385,7 @@ def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) 
     return _plain(mean), _plain(mean - half), _plain(mean + half)
 
 
-def _weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
+def resampling_weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
     """How often each of n items is drawn in n draws with replacement, (R, n) float64."""
     if replicates < 1:
         raise ValueError(f"replicates must be >= 1, got {replicates}")

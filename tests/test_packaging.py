@@ -31,6 +31,7 @@ ROWS = [
     "models",
     "methods",
     "evaluate",
+    "features",
     "notebook",
     "results",
     "parallel",
