@@ -1,10 +1,11 @@
-"""From network and data set to predictions and confusion counts."""
+"""From network and data set to outputs, predictions and confusion counts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,30 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
+def outputs(
+    network: nn.Module,
+    dataset: SegmentationDataset,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 8,
+    precision: str = "fp32",
+) -> Iterator[tuple[Any, list[Tensor]]]:
+    """The network's Output in evaluation mode and the label maps, each (H, W) uint8, of batch after batch of images.
+
+    The network sees each image at the data set's image size, in batches of neighbours of one size (so padding never
+    changes a score). The logits are float32; everything but the labels is on the network's device.
+    """
+    device = next(network.parameters()).device
+    with evaluation_mode(network):
+        for _, same in groupby((dataset[i] for i in indices), key=lambda item: item[0].shape):
+            while items := list(islice(same, batch_size)):
+                image = torch.stack([image for image, _ in items]).to(device, torch.float32, non_blocking=True) / 255
+                with autocast(device, precision):
+                    output = network(image)
+                yield output._replace(logits=output.logits.float()), [label for _, label in items]
+
+
+@torch.inference_mode()
 def predictions(
     network: nn.Module,
     dataset: SegmentationDataset,
@@ -42,20 +67,13 @@ def predictions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(predicted, true) label maps of the images, each (H, W) uint8 at the label's own size, on the device.
 
-    The network sees each image at the data set's image size, in batches of neighbours of one size (so padding never
-    changes a score); its logits are brought bilinearly to the label's size.
+    Images are seen as in `outputs`; the logits are brought bilinearly to the label's size.
     """
-    device = next(network.parameters()).device
-    with evaluation_mode(network):
-        for _, same in groupby((dataset[i] for i in indices), key=lambda item: item[0].shape):
-            while items := list(islice(same, batch_size)):
-                image = torch.stack([image for image, _ in items]).to(device, torch.float32, non_blocking=True) / 255
-                with autocast(device, precision):
-                    logits = network(image).logits
-                for own, (_, label) in zip(logits.float(), items, strict=True):
-                    if own.shape[1:] != label.shape:
-                        own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
-                    yield own.argmax(0).to(torch.uint8), label.to(device, non_blocking=True)
+    for output, labels in outputs(network, dataset, indices, batch_size=batch_size, precision=precision):
+        for own, label in zip(output.logits, labels, strict=True):
+            if own.shape[1:] != label.shape:
+                own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
+            yield own.argmax(0).to(torch.uint8), label.to(own.device, non_blocking=True)
 
 
 def confusion(
