@@ -164,6 +164,19 @@ def false_positive_sources(counts: np.ndarray, groups: Sequence[str]) -> np.ndar
     return np.stack([wrong[..., np.flatnonzero([g == name for g in groups]), :].sum(-2) for name in GROUPS], -2)
 
 
+def error_map(label: np.ndarray, predicted: np.ndarray, class_id: int) -> np.ndarray:
+    """What a prediction does with one class, (H, W) uint8: 1 true positive, 2 false positive, 3 false negative.
+
+    0 where neither names the class, IGNORE_INDEX where the label does not count. label, predicted: (H, W) integers.
+    Raises ValueError for different shapes.
+    """
+    if label.shape != predicted.shape:
+        raise ValueError(f"label and predicted must share one shape, got {label.shape} and {predicted.shape}")
+    true, called = label == class_id, predicted == class_id
+    errors = np.where(true, np.where(called, 1, 3), np.where(called, 2, 0))
+    return np.where(label == IGNORE_INDEX, IGNORE_INDEX, errors).astype(np.uint8)
+
+
 def class_mean(per_class: Array) -> ClassMean:
     """Mean of (C,) scores without the NaN, and the number of classes averaged."""
     return ClassMean(float(nanmean(per_class)), int((per_class == per_class).sum()))

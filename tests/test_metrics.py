@@ -278,6 +278,22 @@ def test_false_positives_per_true_one():
     assert metrics.fp_per_tp(torch.tensor(never_right), [0, 1]) == 7 / 5
 
 
+def test_error_map_counts_as_the_confusion_counts_do():
+    rng = np.random.default_rng(0)
+    label, predicted = rng.integers(0, 4, (2, 9, 7)).astype(np.uint8)
+    label[:2] = 255
+    counts = metrics.ConfusionCounts(4)
+    counts.update(torch.from_numpy(predicted)[None], torch.from_numpy(label)[None])
+    for k in range(4):
+        errors = metrics.error_map(label, predicted, k)
+        assert errors.dtype == np.uint8
+        m = metrics.marginals(counts.total())
+        assert [(errors == kind).sum() for kind in (1, 2, 3)] == [m.tp[k], m.fp[k], m.fn[k]]
+        np.testing.assert_array_equal(errors == 255, label == 255)
+    with pytest.raises(ValueError, match=r"share one shape, got \(9, 7\) and \(2, 7\)"):
+        metrics.error_map(label, predicted[:2], 0)
+
+
 def test_false_positives_by_true_group():
     counts = np.array([[5, 1, 2], [3, 6, 4], [7, 8, 9]])
     sources = metrics.false_positive_sources(counts, ["head", "tail", "tail"])
