@@ -26,6 +26,8 @@ CORRELATIONS: dict[str, tuple[Literal["pearson", "spearman"], Callable[[np.ndarr
     "spearman": ("spearman", np.asarray),
 }
 CHANGING = {**PER_CLASS, "precision": metrics.precision}
+CLASS_SCORES: dict[str, Callable[[Any], Any]] = {**CHANGING, "fp_per_tp": partial(metrics.fp_per_tp, classes=[0])}
+"""Of counts of a single class."""
 
 
 def label(run: Run) -> str:
@@ -112,6 +114,22 @@ def per_class(
             value, low, high = interval(score)
             frames.append(_class_columns(group[0], method, name).assign(value=value, low=low, high=high))
     return pd.concat(frames, ignore_index=True)
+
+
+def class_scores(runs: Iterable[Run], class_id: int, *, split: str = "test", replicates: int = 2000) -> pd.DataFrame:
+    """What one class scores with each method over a whole split: method, metric, value, low, high, seeds.
+
+    metric: iou, acc, precision, fp_per_tp; NaN where 0/0, and fp_per_tp also where no pixel of the class is found.
+    Intervals as in `metrics.interval`. Raises UserError for runs that cannot be compared (`by_method`).
+    """
+    rows = []
+    for method, group in by_method(runs).items():
+        of_class = (m[..., [class_id]] for m in metrics.marginals(counts_of(group, split)))
+        drawn = metrics.resample(metrics.Marginals(*of_class), replicates=replicates)
+        for name, score in CLASS_SCORES.items():
+            limits = np.ravel(metrics.interval(drawn, score))
+            rows.append((method, name, *limits.tolist(), len(group)))
+    return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
 
 Interval = Callable[[Callable[..., Any]], tuple[Any, Any, Any]]

@@ -134,6 +134,16 @@ def iou_at(acc: Array, fp_per_tp: Array) -> Array:
     return 1 / (1 / acc + fp_per_tp)
 
 
+def fp_per_tp(counts: Array | Marginals, classes: Sequence[int] | np.ndarray) -> Array:
+    """False positives per true positive of some classes together, (...); NaN where none of their pixels is found.
+
+    For one class it is 1 / precision - 1 (Region Rebalance, Sec. 3.1.1).
+    """
+    m = marginals(counts)
+    tp, fp = m.tp[..., classes].sum(-1), m.fp[..., classes].sum(-1)
+    return _ratio(fp, tp) * _ratio(tp, tp)  # 0 / 0 is NaN where fp / 0 would be infinite
+
+
 def remark1(before: Array | Marginals, after: Array | Marginals) -> np.ndarray:
     """Whether each class meets Remark 1 of Region Rebalance, (..., C) bool: its IoU then does not fall.
 
@@ -152,6 +162,19 @@ def false_positive_sources(counts: np.ndarray, groups: Sequence[str]) -> np.ndar
     """
     wrong = np.asarray(counts) * ~np.eye(len(groups), dtype=bool)
     return np.stack([wrong[..., np.flatnonzero([g == name for g in groups]), :].sum(-2) for name in GROUPS], -2)
+
+
+def error_map(label: np.ndarray, predicted: np.ndarray, class_id: int) -> np.ndarray:
+    """What a prediction does with one class, (H, W) uint8: 1 true positive, 2 false positive, 3 false negative.
+
+    0 where neither names the class, IGNORE_INDEX where the label does not count. label, predicted: (H, W) integers.
+    Raises ValueError for different shapes.
+    """
+    if label.shape != predicted.shape:
+        raise ValueError(f"label and predicted must share one shape, got {label.shape} and {predicted.shape}")
+    true, called = label == class_id, predicted == class_id
+    errors = np.where(true, np.where(called, 1, 3), np.where(called, 2, 0))
+    return np.where(label == IGNORE_INDEX, IGNORE_INDEX, errors).astype(np.uint8)
 
 
 def class_mean(per_class: Array) -> ClassMean:

@@ -21,6 +21,7 @@ import pandas as pd
 
 from ltseg_core.config import IGNORE_INDEX, UserError
 from ltseg_core.data.folders import distinct_colours
+from ltseg_core.metrics import error_map
 from ltseg_core.results import write_atomically
 from ltseg_core.stats import GROUPS, HEAD_SHARE, TAIL_SHARE, ClassCounts, groups
 
@@ -62,6 +63,9 @@ RC: dict[Any, Any] = {
 GROUP_COLOURS = {"head": "#2b3f77", "body": "#3a9d8f", "tail": "#f2a93b"}
 """Dark to light, so that the order reads in grey too."""
 GROUP_MARKERS = {"head": "o", "body": "s", "tail": "^"}
+ERROR_COLOURS = {"TP": "#0072b2", "FP": "#f2a93b", "FN": "#1a1a1a"}
+"""Of one class's pixels: found, wrongly called so, missed. They differ in grey too, also from the faded image."""
+ERROR_LABELS = {"TP": "{} found (TP)", "FP": "wrongly called {} (FP)", "FN": "{} missed (FN)"}
 
 METHOD_LABELS = {
     "ce": "cross-entropy",
@@ -287,6 +291,84 @@ def plot_predictions(
     for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title)
     plot_label_legend(axes[0, 0].figure, palette, classes, [*labels, *chain(*predictions.values())])
+    return axes
+
+
+def error_colours(errors: np.ndarray) -> np.ndarray:
+    """A map of `metrics.error_map` (H, W) in ERROR_COLOURS, (H, W, 4) uint8 RGBA.
+
+    Transparent where nothing is said of the class, white where a pixel has no label (it counts nowhere).
+    """
+    table = np.full((256, 4), 255, dtype=np.uint8)
+    table[0] = 0
+    table[1 : 1 + len(ERROR_COLOURS), :3] = [[*bytes.fromhex(colour[1:])] for colour in ERROR_COLOURS.values()]
+    return table[errors]
+
+
+@_styled
+def plot_errors(
+    image: np.ndarray,
+    label: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    features: Mapping[str, tuple[str, np.ndarray]],
+    scores: pd.DataFrame,
+    palette: np.ndarray,
+    classes: Sequence[str],
+    class_id: int,
+    *,
+    title: str = "image",
+    over: str = "all images",
+) -> np.ndarray:
+    """One image and one class: image, ground truth and the class's scores, then a row per method.
+
+    A row holds the prediction, where it is right and wrong about the class (over the faded image), and features.
+    image: (h, w, 3) uint8 of the label's aspect;  label, predictions[method]: (H, W) uint8
+    features[method]: a title and a picture (H, W, 3) uint8
+    scores: method, metric ("iou", "acc", ...), value, low, high (fractions), see `plot_means`;  over: of what
+    title: of the image. Returns the axes, (1 + methods, 3).
+    """
+    from matplotlib.patches import Patch
+
+    _columns(scores, "method", "metric", "value", "low", "high")
+    name, (height, width) = _short(classes[class_id]), label.shape
+    row = min(2.7 * height / width, 3.2) + 0.25
+    figure, axes = subplots(1 + len(predictions), 3, height=row * (1 + len(predictions)) + 0.8)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04, wspace=0.01, hspace=0.02)
+
+    def show(ax: Axes, picture: np.ndarray, text: str, **look: Any) -> None:
+        ax.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", **look)
+        ax.set(xticks=[], yticks=[], title=text)
+        ax.spines[:].set_visible(False)
+
+    show(axes[0, 0], image, title)
+    show(axes[0, 1], colourise(label, palette), "ground truth")
+    metrics = pd.Index(dict.fromkeys(scores["metric"]))
+    _dodged_dots(axes[0, 2], scores.set_index("metric"), metrics)
+    axes[0, 2].set_xticks(range(len(metrics)), [METRIC_LABELS.get(m, m) for m in metrics])
+    top = max(np.nanmax(scores[["value", "high"]].to_numpy(), initial=0), 0.01)
+    axes[0, 2].set(ylabel=f"{name}, {over} (%)", xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.03 * top, 1.03 * top))
+    axes[0, 2].yaxis.tick_right()  # at the edge of the figure it takes no room from the pictures
+    axes[0, 2].yaxis.set_label_position("right")
+    axes[0, 2].spines[:].set_visible(False)
+    lines = 1 if sum(len(method_style(method).label) for method in predictions) <= 40 else len(predictions)
+    axes[0, 2].set_title("\n" * (lines - 1) + " ", fontsize=9)  # room for the legend, which may be wider than its panel
+    above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "handletextpad": 0.2}
+    axes[0, 2].legend(ncols=len(predictions) // lines, columnspacing=1, **above).set_in_layout(False)
+    for line, (method, predicted) in zip(axes[1:], predictions.items(), strict=True):
+        show(line[0], colourise(predicted, palette), "prediction")
+        line[0].set_ylabel(method_style(method).label, fontsize=10)
+        errors = error_map(label, predicted, class_id)
+        counted = np.bincount(errors.ravel(), minlength=4)[1:4]
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in zip(ERROR_COLOURS, counted, strict=True))
+        show(line[1], 0.8 + 0.12 * image.mean(-1) / 255, "", cmap="gray", vmin=0, vmax=1)
+        show(line[1], error_colours(errors), f"{kinds} px")
+        text, picture = features[method]
+        show(line[2], picture, text)
+    handles = [Patch(facecolor=ERROR_COLOURS[kind], label=text.format(name)) for kind, text in ERROR_LABELS.items()]
+    axes[-1, 1].set_xlabel(" ", labelpad=9)  # room for this one
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "handlelength": 1.2}
+    axes[-1, 1].legend(handles=handles, ncols=3, columnspacing=1.2, **below).set_in_layout(False)
+    plot_label_legend(figure, palette, classes, [label, *predictions.values()])
     return axes
 
 

@@ -51,6 +51,27 @@ def test_methods_in_order_of_seed(runs):
     assert [[r.experiment.seed for r in group] for group in table.values()] == [[0, 1, 2]] * 2
 
 
+def test_class_scores_are_those_of_all_classes_and_fp_per_tp_beside_them(runs):
+    table = analysis.class_scores(runs, 1, replicates=50)
+    assert table["seeds"].eq(3).all()
+    everything = analysis.per_class(runs, replicates=50).query("class_id == 1")
+    columns = ["method", "metric", "value", "low", "high"]
+    shared = table[table["metric"].isin(["iou", "acc"])]
+    pd.testing.assert_frame_equal(shared[columns].reset_index(drop=True), everything[columns].reset_index(drop=True))
+    totals = analysis.counts_of(analysis.by_method(runs)["ce"]).sum(1)
+    of = table.set_index(["method", "metric"])["value"]
+    assert of["ce", "precision"] == pytest.approx(np.mean(metrics.precision(totals)[:, 1]))
+    assert of["ce", "fp_per_tp"] == pytest.approx(np.mean((totals[:, :, 1].sum(1) / totals[:, 1, 1]) - 1))
+
+
+def test_a_class_that_is_never_found_has_no_fp_per_tp(make_run):
+    counts = confusions(0)
+    counts[:, :, 2] = 0
+    of = analysis.class_scores([make_run(counts)], 2, replicates=20).set_index("metric")["value"]
+    assert (of["iou"], of["acc"]) == (0, 0)
+    assert np.isnan(of[["precision", "fp_per_tp"]]).all()
+
+
 def test_means_are_the_mean_over_seeds_of_the_metric(runs):
     table = analysis.means(runs, replicates=50).set_index(["method", "metric"])
     counts = analysis.counts_of(analysis.by_method(runs)["ce"])
