@@ -65,6 +65,17 @@ def test_means_are_the_mean_over_seeds_of_the_metric(runs):
     assert (table["value"] <= table["high"]).all()
 
 
+def test_groups_may_be_given(runs):
+    totals = analysis.counts_of(analysis.by_method(runs)["ce"]).sum(1)
+    table = analysis.means(runs, groups=["head", "body", "body"], replicates=50).set_index(["method", "metric"])
+    assert table.loc[("ce", "body acc"), "value"] == pytest.approx(np.mean(metrics.acc(totals)[:, 1:]))
+    assert "tail acc" not in table.index.get_level_values("metric")
+    tests = {"MED-03": [analysis.Comparison("blv sigma=4", metric="body acc")]}
+    found = analysis.judge(runs, tests, groups=["head", "head", "body"], replicates=50).loc["MED-03"]
+    expected = analysis.means(runs, baseline="ce", replicates=50).set_index("metric").loc["tail acc", "value"]
+    assert f": {100 * expected:+.1f} [" in found["found"]
+
+
 def test_differences_are_paired_and_their_own_direction(runs):
     by_class = analysis.per_class(runs, baseline="ce", replicates=200)
     assert set(by_class["method"]) == {"blv sigma=4"}
