@@ -358,9 +358,22 @@ class Comparison(NamedTuple):
     margin: float = 0.0
 
 
+class Measured(NamedTuple):
+    """One testable part of a claim that is no difference of two means of `means`: any number with its interval.
+
+    what: in words;  limits: value, low, high, fractions;  seeds: with a single one the claim stays open
+    """
+
+    what: str
+    limits: tuple[float, float, float]
+    seeds: int
+    expected: Direction = "positive"
+    margin: float = 0.0
+
+
 def judge(
     runs: Iterable[Run],
-    tests: Mapping[str, Sequence[Comparison] | str],
+    tests: Mapping[str, Sequence[Comparison | Measured] | str],
     *,
     groups: Sequence[str] | None = None,
     split: str = "test",
@@ -368,9 +381,9 @@ def judge(
 ) -> pd.DataFrame:
     """The verdict on each claim, indexed by its ID: statement, published, found (points), verdict.
 
-    tests: the comparisons a claim consists of, or a sentence that says what is missing to test it. Methods are
-    compared on the seeds they share; groups as in `means`. A claim stays open where a method was not run, or with a
-    single seed.
+    tests: the comparisons and measurements a claim consists of, or a sentence that says what is missing to test it.
+    Methods are compared on the seeds they share; groups as in `means`. A claim stays open where a method was not run,
+    or with a single seed.
     Raises UserError for an unknown claim or metric.
     """
     runs, known, rows = list(runs), claims(), []
@@ -380,7 +393,10 @@ def judge(
         if isinstance(parts, str):
             results = [(parts, "open")]
         else:
-            results = [_test(runs, part, groups, split, replicates) for part in parts]
+            results = [
+                _decide(*part) if isinstance(part, Measured) else _test(runs, part, groups, split, replicates)
+                for part in parts
+            ]
         found = "; ".join(text for text, _ in results)
         rows.append((claim, *known.loc[claim, ["statement", "published"]], found, overall(v for _, v in results)))
     return pd.DataFrame(rows, columns=["claim", "statement", "published", "found", "verdict"]).set_index("claim")
@@ -408,8 +424,14 @@ def _test(
         return first(counts) - sum(term(counts) for term in rest)
 
     own, other = (_resampled(table[m], split, replicates) for m in (part.method, part.baseline))
-    value, low, high = metrics.paired_interval(own, other, score)
-    text = f"{what}: {_signed(value, low, high)}"
-    if len(seeds) == 1:
+    limits = metrics.paired_interval(own, other, score)
+    return _decide(what, limits, len(seeds), part.expected, part.margin)
+
+
+def _decide(
+    what: str, limits: tuple[float, float, float], seeds: int, expected: Direction, margin: float
+) -> tuple[str, Verdict]:
+    text = f"{what}: {_signed(*limits)}"
+    if seeds == 1:
         return f"{text} (one seed)", "open"
-    return text, verdict(low, high, part.expected, margin=part.margin)
+    return text, verdict(*limits[1:], expected, margin=margin)

@@ -255,11 +255,16 @@ def test_judged_claims(runs, make_run):
             "MED-03": [analysis.Comparison("medoe")],
             "BLV-04": "needs a semi-supervised run",
             "DIS-02": [better._replace(metric="body acc")],
+            "MED-26": [analysis.Measured("over-confidence", (-0.012, -0.02, -0.004), 3, "negative"), better],
+            "MED-12": [analysis.Measured("head", (0.0, -0.001, 0.001), 1, "equal", 0.01)],
         },
         replicates=200,
     )
-    verdicts = {"BLV-01": "supported", "BLV-02": "supported", "BLV-03x": "contradicted"}
-    assert table["verdict"].to_dict() == verdicts | dict.fromkeys(["PAT-02", "MED-03", "BLV-04", "DIS-02"], "open")
+    verdicts = {"BLV-01": "supported", "BLV-02": "supported", "BLV-03x": "contradicted", "MED-26": "supported"}
+    still_open = ["PAT-02", "MED-03", "BLV-04", "DIS-02", "MED-12"]
+    assert table["verdict"].to_dict() == verdicts | dict.fromkeys(still_open, "open")
+    assert table.loc["MED-26", "found"].startswith("over-confidence: -1.2 [-2.0, -0.4]; ")
+    assert table.loc["MED-12", "found"] == "head: +0.0 [-0.1, +0.1] (one seed)"
     assert table.loc["BLV-01", "statement"].startswith("BLV improves fully supervised mIoU")
     assert "one seed" in table.loc["PAT-02", "found"]
     assert "not run here" in table.loc["MED-03", "found"]
