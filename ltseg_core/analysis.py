@@ -88,16 +88,22 @@ def _scores(groups: Sequence[str]) -> dict[str, Callable[[Any], Any]]:
 
 
 def means(
-    runs: Iterable[Run], *, baseline: str | None = None, split: str = "test", replicates: int = 2000
+    runs: Iterable[Run],
+    *,
+    baseline: str | None = None,
+    groups: Sequence[str] | None = None,
+    split: str = "test",
+    replicates: int = 2000,
 ) -> pd.DataFrame:
     """Means of every method, or their paired differences to `baseline`: method, metric, value, low, high, seeds.
 
     metric: miou, macc, the same by group (`tail iou`), pixel_acc; 95 % intervals as in `metrics.interval`.
+    groups: C names; None takes `stats.groups` by share of the pixels
     Raises UserError for runs that cannot be compared (`by_method`), and if there is nothing beside the baseline.
     """
     rows = []
     for method, group, interval in _compared(runs, baseline, split, replicates):
-        for name, score in _scores(stats.groups(group[0].counts())).items():
+        for name, score in _scores(groups or stats.groups(group[0].counts())).items():
             rows.append((method, name, *interval(score), len(group)))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
@@ -381,17 +387,32 @@ class Comparison(NamedTuple):
     margin: float = 0.0
 
 
+class Measured(NamedTuple):
+    """One testable part of a claim that is no difference of two means of `means`: any number with its interval.
+
+    what: in words;  limits: value, low, high, fractions;  seeds: with a single one the claim stays open
+    """
+
+    what: str
+    limits: tuple[float, float, float]
+    seeds: int
+    expected: Direction = "positive"
+    margin: float = 0.0
+
+
 def judge(
     runs: Iterable[Run],
-    tests: Mapping[str, Sequence[Comparison] | str],
+    tests: Mapping[str, Sequence[Comparison | Measured] | str],
     *,
+    groups: Sequence[str] | None = None,
     split: str = "test",
     replicates: int = 2000,
 ) -> pd.DataFrame:
     """The verdict on each claim, indexed by its ID: statement, published, found (points), verdict.
 
-    tests: the comparisons a claim consists of, or a sentence that says what is missing to test it. Methods are
-    compared on the seeds they share. A claim stays open where a method was not run, or with a single seed.
+    tests: the comparisons and measurements a claim consists of, or a sentence that says what is missing to test it.
+    Methods are compared on the seeds they share; groups as in `means`. A claim stays open where a method was not run,
+    or with a single seed.
     Raises UserError for an unknown claim or metric.
     """
     runs, known, rows = list(runs), claims(), []
@@ -401,13 +422,18 @@ def judge(
         if isinstance(parts, str):
             results = [(parts, "open")]
         else:
-            results = [_test(runs, part, split, replicates) for part in parts]
+            results = [
+                _decide(*part) if isinstance(part, Measured) else _test(runs, part, groups, split, replicates)
+                for part in parts
+            ]
         found = "; ".join(text for text, _ in results)
         rows.append((claim, *known.loc[claim, ["statement", "published"]], found, overall(v for _, v in results)))
     return pd.DataFrame(rows, columns=["claim", "statement", "published", "found", "verdict"]).set_index("claim")
 
 
-def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) -> tuple[str, Verdict]:
+def _test(
+    runs: Sequence[Run], part: Comparison, groups: Sequence[str] | None, split: str, replicates: int
+) -> tuple[str, Verdict]:
     """What a comparison finds, in words, and its verdict."""
     both = [{run.experiment.seed: run for run in runs if label(run) == m} for m in (part.method, part.baseline)]
     what = f"{part.metric} of {part.method} against {part.baseline}"
@@ -415,7 +441,7 @@ def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) ->
         table = by_method([group[seed] for group in both for seed in seeds])
     else:
         return f"{what}: not run here", "open"
-    scores = _scores(stats.groups(both[0][seeds[0]].counts()))
+    scores = _scores(groups or stats.groups(both[0][seeds[0]].counts()))
     terms = [scores.get(term) for term in part.metric.split(" - ")]
     if missing := [term for term, score in zip(part.metric.split(" - "), terms, strict=True) if score is None]:
         if missing[0].split()[0] in stats.GROUPS:
@@ -427,11 +453,17 @@ def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) ->
         return first(counts) - sum(term(counts) for term in rest)
 
     own, other = (_resampled(table[m], split, replicates) for m in (part.method, part.baseline))
-    value, low, high = metrics.paired_interval(own, other, score)
-    text = f"{what}: {_signed(value, low, high)}"
-    if len(seeds) == 1:
+    limits = metrics.paired_interval(own, other, score)
+    return _decide(what, limits, len(seeds), part.expected, part.margin)
+
+
+def _decide(
+    what: str, limits: tuple[float, float, float], seeds: int, expected: Direction, margin: float
+) -> tuple[str, Verdict]:
+    text = f"{what}: {_signed(*limits)}"
+    if seeds == 1:
         return f"{text} (one seed)", "open"
-    return text, verdict(low, high, part.expected, margin=part.margin)
+    return text, verdict(*limits[1:], expected, margin=margin)
 
 
 def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

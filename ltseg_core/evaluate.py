@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -57,6 +58,28 @@ def outputs(
 
 
 @torch.inference_mode()
+def logit_maps(
+    network: nn.Module,
+    dataset: SegmentationDataset,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    read: Callable[[Any], Tensor] = attrgetter("logits"),
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits (C, H, W) float32, true label map (H, W) uint8) of the images, at the label's own size, on the device.
+
+    Images are seen as in `outputs`; the logits are brought bilinearly to the label's size.
+    read: what to take of the network's output, (B, C, H, W)
+    """
+    for output, labels in outputs(network, dataset, indices, batch_size=batch_size, precision=precision):
+        for own, label in zip(read(output).float(), labels, strict=True):
+            if own.shape[1:] != label.shape:
+                own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
+            yield own, label.to(own.device, non_blocking=True)
+
+
+@torch.inference_mode()
 def predictions(
     network: nn.Module,
     dataset: SegmentationDataset,
@@ -65,16 +88,9 @@ def predictions(
     batch_size: int = 8,
     precision: str = "fp32",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(predicted, true) label maps of the images, each (H, W) uint8 at the label's own size, on the device.
-
-    Images are seen as in `outputs`; the logits are brought bilinearly to the label's size.
-    """
-    for output, labels in outputs(network, dataset, indices, batch_size=batch_size, precision=precision):
-        for own, label in zip(output.logits, labels, strict=True):
-            if own.shape[1:] != label.shape:
-                own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
-            predicted = own.max(0).indices.to(torch.uint8)  # argmax takes four times as long on a CPU
-            yield predicted, label.to(own.device, non_blocking=True)
+    """(predicted, true) label maps of the images, each (H, W) uint8; see `logit_maps`."""
+    for logits, label in logit_maps(network, dataset, indices, batch_size=batch_size, precision=precision):
+        yield logits.max(0).indices.to(torch.uint8), label  # argmax takes four times as long on a CPU
 
 
 def confusion(

@@ -1,4 +1,4 @@
-"""Integer confusion counts per image, the scores computed from them, and their intervals.
+"""Confusion counts and calibration counts per image, the scores computed from them, and their intervals.
 
 Everywhere rows are the target class and columns the prediction, scores are fractions in float64, and a class
 that gives 0/0 (absent from target and prediction; for Acc and precision already from one of them) is NaN, left
@@ -297,6 +297,59 @@ class ConfusionCounts:
         return float(dice_error(self.total()))
 
 
+def calibration_counts(logits: Tensor, target: Tensor, *, bins: int = 15, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Labelled pixels, their summed confidence and how many are predicted right, (2, B, C, bins, 3) float64.
+
+    logits: (B, C, H, W) float;  target: (B, H, W) integers in [0, C), or ignore_index
+    The confidence of a pixel is its largest softmax probability; bin m of M holds those in (m / M, (m + 1) / M].
+    First axis: the pixels of each class by their true, then by their predicted class. All entries add up over images,
+    and over the classes of a group; `ece` and `overconfidence` take any such sum. On the device of the logits.
+    Raises ValueError for another shape, bins < 1, and a target that is no class.
+    """
+    if logits.ndim != 4 or target.shape != logits[:, 0].shape or bins < 1:
+        raise ValueError(
+            "expected logits (B, C, H, W), target (B, H, W) and bins >= 1, got"
+            f" {tuple(logits.shape)}, {tuple(target.shape)} and {bins}"
+        )
+    batch, classes = logits.shape[:2]
+    target = _integers("target", target).long()
+    labelled = target != ignore_index
+    if (wrong := target[labelled & ((target < 0) | (target >= classes))]).numel():
+        raise ValueError(f"target must be a class in [0, {classes - 1}] or {ignore_index} (ignored), got {wrong[0]}")
+    confidence, predicted = logits.float().softmax(1).max(1)  # (B, H, W)
+    confidence = confidence.double()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)[1:-1]
+    image = torch.arange(batch, device=logits.device)[:, None, None]
+    counts = []
+    for owner in (target, predicted):
+        row = image * (classes + 1) + torch.where(labelled, owner, classes)  # what is ignored has a row of its own
+        cell = (row * bins + torch.bucketize(confidence, edges)).flatten()
+        cells = batch * (classes + 1) * bins
+        columns = [torch.bincount(cell, minlength=cells).double()]
+        columns += [torch.bincount(cell, x.double().flatten(), cells) for x in (confidence, predicted == target)]
+        counts.append(torch.stack(columns, -1).view(batch, classes + 1, bins, 3)[:, :classes])
+    return torch.stack(counts)
+
+
+def ece(counts: Array) -> Array:
+    """Expected calibration error of `calibration_counts` (..., bins, 3), a fraction, (...); NaN without a pixel.
+
+    sum_m n_m / n |acc_m - conf_m|, n_m pixels in bin m, acc_m the share of them that is right, conf_m their mean
+    confidence (Guo et al., ICML 2017, Eq. 3).
+    """
+    pixels, confidence, right = (counts[..., i] for i in range(3))
+    return _ratio(abs(confidence - right).sum(-1), pixels.sum(-1))
+
+
+def overconfidence(counts: Array) -> Array:
+    """Mean confidence minus the share that is right, of `calibration_counts` (..., bins, 3), a fraction, (...).
+
+    Positive where the network is surer than it may be; between -ece and ece.
+    """
+    pixels, confidence, right = (counts[..., i].sum(-1) for i in range(3))
+    return _ratio(confidence - right, pixels)
+
+
 class Resampled(NamedTuple):
     """Counts of S seeds and their bootstrap replicates: made once by `resample`, used by the interval of any metric."""
 
@@ -366,6 +419,33 @@ def paired_interval(
         )
     samples = _replicated(x, metric) - _replicated(y, metric)
     return with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
+
+
+def bootstrap(
+    sums: Array,
+    score: Callable[[np.ndarray], np.ndarray],
+    *,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[Any, Any, Any]:
+    """Any score of sums over images with its interval over test images and seeds, as `interval`: (value, low, high).
+
+    sums: (S, N, ...) what each image adds for each seed, e.g. counts of two methods for a paired score, (S, N, 2, C, C)
+    score: a function (..., the last axes of sums) -> (...), or (..., K) for K scores at once, of what was summed over
+           the images, e.g. `lambda counts: miou(uniform_test(counts))`
+    The draws are those of `interval`; memory is bounded. Floats, or (K,) arrays.
+    Raises ValueError for sums without an image or a seed, and replicates < 1.
+    """
+    sums = np.asarray(sums.cpu() if isinstance(sums, Tensor) else sums, dtype=np.float64)
+    if sums.ndim < 2 or 0 in sums.shape:
+        raise ValueError(f"expected sums of shape (S, N, ...), none of them 0, got {sums.shape}")
+    drawn = _weights(np.random.default_rng(seed), replicates, sums.shape[1])  # (R, N)
+    parts = np.array_split(drawn, -(-replicates * sums[:, 0].size // 2**23))  # 64 MB of replicates at a time
+    flat = sums.reshape(*sums.shape[:2], -1)
+    samples = [score((part @ flat).reshape(len(flat), len(part), *sums.shape[2:])) for part in parts]
+    whole = nanmean(np.moveaxis(np.concatenate(samples, 1), 0, -1))  # (R,) or (R, K)
+    return _with_limits(score(sums.sum(1)), whole, confidence, images=sums.shape[1])
 
 
 def _replicated(drawn: Resampled, metric: Callable[[Array | Marginals], Array]) -> np.ndarray:

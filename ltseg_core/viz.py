@@ -690,6 +690,47 @@ def plot_differences(table: pd.DataFrame, axes: np.ndarray | None = None, *, bas
 
 
 @_styled
+def plot_by_group(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
+    """Score of head, body and tail classes with its interval, a row per method, a panel per metric.
+
+    table: method, group, metric (the title of its panel), value, low, high (fractions; NaN limits draw no interval),
+    optionally seeds (a hollow dot where there is one). Zero is marked. Returns the axes, (metrics,).
+    """
+    _columns(table, "method", "group", "metric", "value", "low", "high")
+    methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
+    if axes is None:
+        axes = subplots(1, len(metrics), height=1.1 + 0.3 * len(methods), share_y=True)[1]
+    axes = np.asarray(axes).reshape(-1)
+    if len(axes) != len(metrics):
+        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    place = table["method"].map(methods.index)
+    one_seed = table.get("seeds", pd.Series(2, table.index)) == 1
+    for (ax, metric), (i, group) in product(zip(axes, metrics, strict=True), enumerate(GROUPS)):
+        mine = (table["metric"] == metric) & (table["group"] == group)
+        rows, y = table[mine], place[mine] + 0.25 * (i - 1)
+        look: dict[str, Any] = {"color": GROUP_COLOURS[group], "marker": GROUP_MARKERS[group], "linestyle": ""}
+        ax.hlines(y, rows["low"], rows["high"], color=look["color"], linewidth=1.4)
+        for single, face in ((False, look["color"]), (True, "white")):
+            seen = (one_seed[mine] == single).to_numpy()
+            label = group if seen.any() and group not in ax.get_legend_handles_labels()[1] else None
+            ax.plot(rows["value"][seen], y[seen], markerfacecolor=face, markersize=5, label=label, **look)
+        ax.set_title(metric)
+    for ax in axes:
+        ax.axvline(0, color="0.15", linewidth=0.8, zorder=0)
+        for y in range(0, len(methods), 2):  # bands tie the dots of a row together
+            ax.axhspan(y - 0.5, y + 0.5, color="0.96", linewidth=0, zorder=-1)
+        ax.xaxis.set_major_formatter(_percent)
+        ax.grid(axis="x")
+    axes[0].set_yticks(range(len(methods)), [method_style(m).label for m in methods])
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    if one_seed.any():
+        axes[0].figure.supxlabel("hollow: one seed, the interval covers images only", fontsize=8)
+    return axes
+
+
+@_styled
 def plot_sweep(table: pd.DataFrame, parameter: str, axes: np.ndarray | None = None) -> np.ndarray:
     """Scores over the values of one hyper-parameter, with intervals, a panel per metric.
 

@@ -86,6 +86,17 @@ def test_means_are_the_mean_over_seeds_of_the_metric(runs):
     assert (table["value"] <= table["high"]).all()
 
 
+def test_groups_may_be_given(runs):
+    totals = analysis.counts_of(analysis.by_method(runs)["ce"]).sum(1)
+    table = analysis.means(runs, groups=["head", "body", "body"], replicates=50).set_index(["method", "metric"])
+    assert table.loc[("ce", "body acc"), "value"] == pytest.approx(np.mean(metrics.acc(totals)[:, 1:]))
+    assert "tail acc" not in table.index.get_level_values("metric")
+    tests = {"MED-03": [analysis.Comparison("blv sigma=4", metric="body acc")]}
+    found = analysis.judge(runs, tests, groups=["head", "head", "body"], replicates=50).loc["MED-03"]
+    expected = analysis.means(runs, baseline="ce", replicates=50).set_index("metric").loc["tail acc", "value"]
+    assert f": {100 * expected:+.1f} [" in found["found"]
+
+
 def test_differences_are_paired_and_their_own_direction(runs):
     by_class = analysis.per_class(runs, baseline="ce", replicates=200)
     assert set(by_class["method"]) == {"blv sigma=4"}
@@ -274,11 +285,16 @@ def test_judged_claims(runs, make_run):
             "MED-03": [analysis.Comparison("medoe")],
             "BLV-04": "needs a semi-supervised run",
             "DIS-02": [better._replace(metric="body acc")],
+            "MED-26": [analysis.Measured("over-confidence", (-0.012, -0.02, -0.004), 3, "negative"), better],
+            "MED-12": [analysis.Measured("head", (0.0, -0.001, 0.001), 1, "equal", 0.01)],
         },
         replicates=200,
     )
-    verdicts = {"BLV-01": "supported", "BLV-02": "supported", "BLV-03x": "contradicted"}
-    assert table["verdict"].to_dict() == verdicts | dict.fromkeys(["PAT-02", "MED-03", "BLV-04", "DIS-02"], "open")
+    verdicts = {"BLV-01": "supported", "BLV-02": "supported", "BLV-03x": "contradicted", "MED-26": "supported"}
+    still_open = ["PAT-02", "MED-03", "BLV-04", "DIS-02", "MED-12"]
+    assert table["verdict"].to_dict() == verdicts | dict.fromkeys(still_open, "open")
+    assert table.loc["MED-26", "found"].startswith("over-confidence: -1.2 [-2.0, -0.4]; ")
+    assert table.loc["MED-12", "found"] == "head: +0.0 [-0.1, +0.1] (one seed)"
     assert table.loc["BLV-01", "statement"].startswith("BLV improves fully supervised mIoU")
     assert "one seed" in table.loc["PAT-02", "found"]
     assert "not run here" in table.loc["MED-03", "found"]

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
 
 from ltseg_core import metrics
-from ltseg_core.metrics import ConfusionCounts, interval, paired_interval, seed_interval
+from ltseg_core.metrics import ConfusionCounts, bootstrap, interval, paired_interval, seed_interval
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -348,6 +349,95 @@ def test_counts_must_be_square():
                 function(bad)
 
 
+# --- calibration
+
+
+def logits_and_target(seed, images=2, classes=5, size=(9, 11)):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(images, classes, *size, generator=generator)
+    target = torch.randint(0, classes - 1, (images, *size), generator=generator)
+    target[:, 0, :3] = 255
+    return logits, target.to(torch.uint8)
+
+
+def reference_ece(confidence, right, bins):
+    """From scikit-learn's reliability curve, whose bins are closed on the right too."""
+    share, mean = calibration_curve(right, confidence, n_bins=bins)
+    pixels = np.histogram(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence), np.arange(bins + 1))[0]
+    return (np.abs(share - mean) * pixels[pixels > 0]).sum() / len(right)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.integers(1, 20))
+def test_calibration_equals_scikit_learn(seed, bins):
+    logits, target = logits_and_target(seed)
+    counts = metrics.calibration_counts(logits, target, bins=bins)
+    assert counts.shape == (2, 2, 5, bins, 3)
+    confidence, predicted = (x.numpy() for x in logits.softmax(1).max(1))
+    confidence, labels = confidence.astype(float), target.numpy()
+    for owner, found in zip((labels, predicted), counts.sum(1), strict=True):
+        for k in range(5):
+            chosen = (owner == k) & (labels != 255)
+            if not chosen.any():
+                assert not found[k].any()
+                assert metrics.ece(found[k]).isnan()
+                continue
+            sure, right = confidence[chosen], (predicted == labels)[chosen]
+            assert float(metrics.ece(found[k])) == pytest.approx(reference_ece(sure, right, bins), abs=1e-12)
+            assert float(metrics.overconfidence(found[k])) == pytest.approx(sure.mean() - right.mean(), abs=1e-12)
+    for group in counts.sum((1, 2)):  # all classes together, whatever the axis
+        every = labels != 255
+        expected = reference_ece(confidence[every], (predicted == labels)[every], bins)
+        assert float(metrics.ece(group)) == pytest.approx(expected, abs=1e-12)
+        assert abs(float(metrics.overconfidence(group))) <= float(metrics.ece(group)) + 1e-12
+
+
+def test_calibration_by_hand():
+    """Four pixels of class 0 with p = 0.75; three are right: ECE 0. The ignored pixel and class 1 change nothing."""
+    logits = torch.zeros(1, 2, 1, 5)
+    logits[0, 0] = np.log(3)
+    target = torch.tensor([[[0, 0, 0, 1, 255]]])
+    by_true, by_predicted = metrics.calibration_counts(logits, target, bins=5)
+    assert by_predicted[0, :, :, 0].tolist() == [[0, 0, 0, 4, 0], [0, 0, 0, 0, 0]]
+    assert float(metrics.ece(by_predicted[0, 0])) == pytest.approx(0, abs=1e-7)
+    assert float(metrics.overconfidence(by_true[0, 0])) == pytest.approx(-0.25)
+    assert float(metrics.overconfidence(by_true[0, 1])) == pytest.approx(0.75)
+    half = metrics.calibration_counts(torch.zeros(1, 2, 1, 5), target, bins=4)  # 1/2 closes the second bin
+    assert half[1, 0, 0].tolist() == [[0, 0, 0], [4, 2, 3], [0, 0, 0], [0, 0, 0]]
+
+
+def test_calibration_of_images_adds_up():
+    logits, target = logits_and_target(0, images=4)
+    parts = [metrics.calibration_counts(logits[i : i + 1], target[i : i + 1]) for i in range(4)]
+    assert torch.equal(torch.cat(parts, 1), metrics.calibration_counts(logits, target))
+
+
+def test_a_network_that_knows_the_posterior_is_calibrated_by_prediction_not_by_truth():
+    """Labels drawn from the network's own probabilities: a rare class is missed, and no calibration can help it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 3, 400, 500, generator=generator) + torch.tensor([2.0, 0.0, -2.0])[:, None, None]
+    drawn = torch.multinomial(logits[0].softmax(0).flatten(1).T, 1, generator=generator)
+    by_true, by_predicted = metrics.calibration_counts(logits, drawn.view(1, 400, 500))
+    assert float(metrics.ece(by_predicted[0].sum(0))) < 0.005
+    assert (metrics.overconfidence(by_predicted[0]).abs() < 0.03).all()
+    assert float(metrics.overconfidence(by_true[0, 2])) > 0.5
+    assert float(metrics.overconfidence(by_true[0, 0])) < -0.1
+
+
+def test_calibration_refuses():
+    logits, target = logits_and_target(0)
+    for arguments in ((logits, target[:1]), (logits[0], target[0]), (logits, target[:, :, 1:])):
+        with pytest.raises(ValueError, match=r"expected logits \(B, C, H, W\), target \(B, H, W\) and bins >= 1"):
+            metrics.calibration_counts(*arguments)
+    with pytest.raises(ValueError, match="bins >= 1"):
+        metrics.calibration_counts(logits, target, bins=0)
+    target[1, 2, 3] = 5
+    with pytest.raises(ValueError, match=r"target must be a class in \[0, 4\] or 255 \(ignored\), got 5"):
+        metrics.calibration_counts(logits, target)
+    with pytest.raises(TypeError, match="target must be an integer tensor"):
+        metrics.calibration_counts(logits, target.float())
+
+
 # --- intervals
 
 
@@ -454,6 +544,38 @@ def test_seed_interval_is_student_t():
         seed_interval([])
 
 
+def test_bootstrap_of_a_metric_is_its_interval_and_of_a_difference_its_paired_interval():
+    a, b = random_counts((3, 6), 4, 1), random_counts((3, 6), 4, 2)
+    np.testing.assert_allclose(bootstrap(a, metrics.miou), interval(a, metrics.miou), rtol=1e-9)
+    np.testing.assert_allclose(bootstrap(a[:1, :1], metrics.miou), interval(a[:1, :1], metrics.miou), rtol=1e-9)
+    found = bootstrap(np.stack([a, b], 2), lambda c: metrics.iou(c[..., 0, :, :]) - metrics.iou(c[..., 1, :, :]))
+    np.testing.assert_allclose(found, paired_interval(a, b, metrics.iou), rtol=1e-9)
+
+
+def test_bootstrap_in_parts_is_bootstrap_at_once():
+    sums = np.random.default_rng(0).random((2, 5, 4000))  # 2000 replicates of it take two parts
+    score = lambda x: x[..., :3] / x.sum(-1, keepdims=True)  # noqa: E731
+    drawn = metrics._weights(np.random.default_rng(0), 2000, 5)
+    samples = score(np.einsum("rn,snk->srk", drawn, sums)).mean(0)
+    value, low, high = bootstrap(sums, score)
+    each = score(sums.sum(1))
+    half = student.ppf(0.975, 1) * each.std(0, ddof=1) / np.sqrt(2)
+    limits = np.quantile(samples, [0.025, 0.975], axis=0)
+    np.testing.assert_allclose(value, each.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(low, value - np.hypot(value - limits[0], half), rtol=1e-9)
+    np.testing.assert_allclose(high, value + np.hypot(limits[1] - value, half), rtol=1e-9)
+
+
+def test_bootstrap_reweighs_every_replicate():
+    """Acc does not change on a uniform test set, replicate by replicate; IoU does."""
+    counts = random_counts((2, 8), 3)
+    uniform = bootstrap(counts, lambda c: metrics.acc(metrics.uniform_test(c)))
+    np.testing.assert_allclose(uniform, interval(counts, metrics.acc), rtol=1e-9)
+    flat = bootstrap(counts, lambda c: metrics.miou(metrics.uniform_test(c)))
+    assert flat[0] == pytest.approx(np.mean(metrics.miou(metrics.uniform_test(counts.sum(1)))))
+    assert flat[1] < flat[0] < flat[2]
+
+
 def test_intervals_refuse():
     a = random_counts((2, 5), 4)
     for b in (a[:1], a[:, 1:], random_counts((2, 5), 3)):
@@ -465,5 +587,7 @@ def test_intervals_refuse():
         interval(a[:, :0])
     with pytest.raises(ValueError, match="replicates must be >= 1, got 0"):
         interval(a, replicates=0)
+    with pytest.raises(ValueError, match=r"expected sums of shape \(S, N, ...\), none of them 0, got \(2, 0, 4, 4\)"):
+        bootstrap(a[:, :0], metrics.miou)
     with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 1"):
         paired_interval(a, a, confidence=1)

@@ -505,6 +505,37 @@ def test_correlations_are_full_where_the_interval_leaves_out_zero() -> None:
     assert raw.get_xlim()[1] > 0.7
 
 
+def test_groups_of_a_method_share_a_row_with_their_intervals() -> None:
+    rows = [
+        ("ce", "head", "ΔIoU", 0.4, 0.35, 0.45, 3),
+        ("ce", "tail", "ΔIoU", -0.1, -0.2, 0.0, 3),
+        ("blv", "head", "ΔIoU", 0.2, 0.1, 0.3, 1),
+        ("blv", "tail", "ΔAcc", 0.5, np.nan, np.nan, 3),
+    ]
+    table = pd.DataFrame(rows, columns=["method", "group", "metric", "value", "low", "high", "seeds"])
+    axes = viz.plot_by_group(table)
+    assert [ax.get_title("left") for ax in axes] == ["ΔIoU", "ΔAcc"]
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["cross-entropy", "BLV"]
+    for ax, metric in zip(axes, ("ΔIoU", "ΔAcc"), strict=True):
+        dots = {
+            (round(y), to_hex(line.get_color()), to_hex(line.get_markerfacecolor()) == "#ffffff"): x
+            for line in ax.lines
+            if line.get_marker() != "None"
+            for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+        }
+        shown = table[table["metric"] == metric]
+        assert dots == {
+            (["ce", "blv"].index(r.method), viz.GROUP_COLOURS[r.group], r.seeds == 1): r.value
+            for r in shown.itertuples()
+        }
+        drawn = {tuple(s[:, 0].round(9)) for s in segments(ax)}
+        assert {tuple(r) for r in shown[["low", "high"]].dropna().to_numpy()} <= drawn
+    assert legend_of(axes[0].figure) == ["head", "tail"]
+    assert "one seed" in axes[0].figure.get_supxlabel()
+    with pytest.raises(ValueError, match="expected 1 axes, one per metric, got 2"):
+        viz.plot_by_group(table[:3], axes)
+
+
 def test_figures_are_drawn_on_the_axes_given() -> None:
     _, axes = viz.subplots(2, 2)
     table = score_table(3, ("ce", "blv"))
@@ -525,6 +556,7 @@ def test_figures_are_drawn_on_the_axes_given() -> None:
         "plot_means",
         "plot_against_frequency",
         "plot_correlations",
+        "plot_by_group",
     ],
 )
 def test_a_table_without_a_column_is_refused_by_name(plot: str) -> None:
