@@ -440,12 +440,12 @@ def bootstrap(
     sums = np.asarray(sums.cpu() if isinstance(sums, Tensor) else sums, dtype=np.float64)
     if sums.ndim < 2 or 0 in sums.shape:
         raise ValueError(f"expected sums of shape (S, N, ...), none of them 0, got {sums.shape}")
-    drawn = _weights(np.random.default_rng(seed), replicates, sums.shape[1])  # (R, N)
+    drawn = resampling_weights(np.random.default_rng(seed), replicates, sums.shape[1])  # (R, N)
     parts = np.array_split(drawn, -(-replicates * sums[:, 0].size // 2**23))  # 64 MB of replicates at a time
     flat = sums.reshape(*sums.shape[:2], -1)
     samples = [score((part @ flat).reshape(len(flat), len(part), *sums.shape[2:])) for part in parts]
     whole = nanmean(np.moveaxis(np.concatenate(samples, 1), 0, -1))  # (R,) or (R, K)
-    return _with_limits(score(sums.sum(1)), whole, confidence, images=sums.shape[1])
+    return with_limits(score(sums.sum(1)), whole, confidence, images=sums.shape[1])
 
 
 def _replicated(drawn: Resampled, metric: Callable[[Array | Marginals], Array]) -> np.ndarray:
