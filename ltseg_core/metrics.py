@@ -134,6 +134,16 @@ def iou_at(acc: Array, fp_per_tp: Array) -> Array:
     return 1 / (1 / acc + fp_per_tp)
 
 
+def fp_per_tp(counts: Array | Marginals, classes: Sequence[int] | np.ndarray) -> Array:
+    """False positives per true positive of some classes together, (...); NaN where none of their pixels is found.
+
+    For one class it is 1 / precision - 1 (Region Rebalance, Sec. 3.1.1).
+    """
+    m = marginals(counts)
+    tp, fp = m.tp[..., classes].sum(-1), m.fp[..., classes].sum(-1)
+    return _ratio(fp, tp) * _ratio(tp, tp)  # 0 / 0 is NaN where fp / 0 would be infinite
+
+
 def remark1(before: Array | Marginals, after: Array | Marginals) -> np.ndarray:
     """Whether each class meets Remark 1 of Region Rebalance, (..., C) bool: its IoU then does not fall.
 

@@ -266,6 +266,18 @@ def test_iou_from_accuracy_and_false_positives_per_true_one(seed):
         assert step / 2e-6 == pytest.approx(slope, abs=0.005)
 
 
+def test_false_positives_per_true_one():
+    counts = random_counts((2, 3), 5)
+    m = metrics.marginals(counts)
+    for k in range(5):
+        np.testing.assert_allclose(metrics.fp_per_tp(counts, [k]), 1 / metrics.precision(counts)[..., k] - 1)
+    both = (m.fp[..., 1] + m.fp[..., 3]) / (m.tp[..., 1] + m.tp[..., 3])
+    np.testing.assert_allclose(metrics.fp_per_tp(counts, [1, 3]), both)
+    never_right = np.array([[0, 4], [3, 5]])
+    assert np.isnan(metrics.fp_per_tp(never_right, [0]))  # not infinite
+    assert metrics.fp_per_tp(torch.tensor(never_right), [0, 1]) == 7 / 5
+
+
 def test_false_positives_by_true_group():
     counts = np.array([[5, 1, 2], [3, 6, 4], [7, 8, 9]])
     sources = metrics.false_positive_sources(counts, ["head", "tail", "tail"])
