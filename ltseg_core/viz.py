@@ -566,9 +566,9 @@ def plot_deltas(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
 def plot_delta_map(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
     """Change of each class's score as a map, a row per method, classes by falling training pixels, a panel per metric.
 
-    Blue is loss, orange gain, in steps that widen like squares. Up to 20 classes the change stands in the cell in
-    points, bold where its interval leaves out 0; above, a sign stands there. Methods with one seed come last, below a
-    line. table: as for `plot_deltas`, optionally seeds. Returns the axes, (metrics,).
+    Blue is loss, orange gain, on a square-root scale. Up to 20 classes a change of half a point or more stands in the
+    cell in points, bold where its interval leaves out 0; with more classes only the sign of those. Methods with one
+    seed come last, below a line. table: as for `plot_deltas`, optionally seeds. Returns the axes, (metrics,).
     """
     from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 
@@ -588,7 +588,7 @@ def plot_delta_map(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.nd
             sure = low[y, x] > 0 or high[y, x] < 0
             text = f"{v:+.0f}" if len(classes) <= 20 else f"{v:+.0f}"[0]
             look = {"weight": "bold" if sure else "normal", "color": "white" if v < -limit / 4 else "0.1"}
-            if sure or (len(classes) <= 20 and abs(v) >= 0.5):
+            if abs(v) >= 0.5 if len(classes) <= 20 else sure:
                 ax.text(x, y, text.replace("-", "−"), ha="center", va="center", fontsize=6.5, in_layout=False, **look)
         if single := sum(bool(seeds.get(method, 2) == 1) for method in methods):
             ax.axhline(len(methods) - single - 0.5, color="0.15", linewidth=1)
