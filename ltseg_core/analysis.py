@@ -400,6 +400,12 @@ def majority(count: int, number: int, what: str) -> tuple[str, Verdict]:
     return f"{what}: {count} of {number} [{low:.0%}, {high:.0%}]", verdict(low - 0.5, high - 0.5, "positive")
 
 
+def agreed(verdicts: Iterable[Verdict]) -> Verdict:
+    """Verdict of several measurements of one claim: what some of them say if none says the opposite, else open."""
+    found = set(verdicts) - {"open"}
+    return found.pop() if len(found) == 1 else "open"
+
+
 class Comparison(NamedTuple):
     """One testable part of a claim: the paired difference of a mean between two methods has an expected sign.
 
@@ -464,3 +470,30 @@ def _test(runs: Sequence[Run], part: Comparison, split: str, replicates: int) ->
     if len(seeds) == 1:
         return f"{text} (one seed)", "open"
     return text, verdict(low, high, part.expected, margin=part.margin)
+
+
+def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row for every claim of the papers, indexed by its ID: what all notebooks together say of it.
+
+    tables: by name `NN_claims`, rows as those of `judge` with the columns claim, found, verdict, data
+    Columns: statement, published, found (a sentence for each notebook), data, verdict, notebooks (their numbers).
+    The verdicts of several notebooks are one by `agreed`; a claim that no table judges is open. A row that only
+    points elsewhere ("see notebook 04") gives way to any other.
+    Raises UserError for an unknown claim.
+    """
+    known = claims()
+    empty = pd.DataFrame(columns=["claim", "found", "verdict", "data", "notebook"])
+    rows = pd.concat([empty, *(table.assign(notebook=name.partition("_")[0]) for name, table in tables.items())])
+    for claim in rows["claim"]:
+        choose("claim", claim, known.index)
+    pointer = rows["found"].str.startswith("see notebook")
+    rows = rows[~pointer | ~rows["claim"].isin(rows.loc[~pointer, "claim"])]
+    said = rows.assign(found=rows["notebook"] + ": " + rows["found"]).groupby("claim")
+    together = {
+        "found": said["found"].agg("; ".join),
+        "data": said["data"].agg(lambda names: ", ".join(dict.fromkeys(names))),
+        "verdict": said["verdict"].agg(agreed),
+        "notebooks": said["notebook"].agg(", ".join),
+    }
+    board = known[["statement", "published"]].join(pd.DataFrame(together))
+    return board.fillna({"found": "no notebook that judges it was run", "data": "", "verdict": "open", "notebooks": ""})

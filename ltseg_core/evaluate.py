@@ -55,7 +55,8 @@ def predictions(
                 for own, (_, label) in zip(logits.float(), items, strict=True):
                     if own.shape[1:] != label.shape:
                         own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
-                    yield own.argmax(0).to(torch.uint8), label.to(device, non_blocking=True)
+                    predicted = own.max(0).indices.to(torch.uint8)  # argmax takes four times as long on a CPU
+                    yield predicted, label.to(device, non_blocking=True)
 
 
 def confusion(

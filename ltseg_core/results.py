@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -18,10 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ltseg_core import metrics, stats
-from ltseg_core.config import Experiment, UserError
+from ltseg_core.config import Experiment, UserError, data_root
 from ltseg_core.methods import build_method
 from ltseg_core.models import build_model
+from ltseg_core.notebook import package_hash
 
+Remembered = TypeVar("Remembered", pd.DataFrame, dict[Any, np.ndarray])
 FORMAT = 1  # of the run directory; raised when a reader of older runs would be wrong
 
 
@@ -141,6 +146,43 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remembered(name: str, compute: Callable[[], Remembered]) -> Remembered:
+    """What `compute()` returns; called again after the same cells, it is read from a file.
+
+    compute() gives a table, or arrays under names that are texts, numbers or tuples of them. For what takes seconds
+    and follows from finished runs alone, so that figures can be drawn again at once. The file lies in the folder of
+    runs and may be deleted; its name is a hash of `name`, of every cell that this kernel ran so far, of the package,
+    and of the folders of runs and data. Outside IPython nothing is kept.
+    """
+    from IPython import get_ipython
+
+    if (shell := get_ipython()) is None:
+        return compute()
+    folder = runs_folder()
+    past = [name, shell.user_ns["In"], package_hash(), str(data_root().resolve()), str(folder.resolve())]
+    stem = folder / "remembered" / hashlib.sha256(json.dumps(past).encode()).hexdigest()[:32]
+    with (  # absent or damaged: computed again
+        suppress(OSError, ValueError, zipfile.BadZipFile),
+        np.load(stem.with_suffix(".npz"), allow_pickle=False) as file,
+    ):
+        return cast(Remembered, {ast.literal_eval(key): array for key, array in file.items()})
+    with suppress(OSError, ValueError):
+        return cast(Remembered, pd.read_parquet(stem.with_suffix(".parquet")))
+    value = compute()
+    with writing(folder):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(value, pd.DataFrame):
+            write_atomically(stem.with_suffix(".parquet"), value.to_parquet)
+        else:
+            write_atomically(stem.with_suffix(".npz"), partial(_save_arrays, arrays=value))
+    return value
+
+
+def _save_arrays(path: Path, arrays: Mapping[Any, Any]) -> None:
+    with path.open("wb") as file:  # given a path, NumPy would add a suffix
+        np.savez_compressed(file, **{repr(key): array for key, array in arrays.items()})
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ltseg_core.config import UserError, choose
+from ltseg_core.config import UserError, choose, cores
 from ltseg_core.data.base import SegmentationDataset
 
 GROUPS = ("head", "body", "tail")
@@ -163,11 +163,6 @@ def _per_image(dataset: SegmentationDataset, count: Callable[[int], Sequence[int
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(share, range(threads)))
     return counts
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _components(label: np.ndarray) -> np.ndarray:

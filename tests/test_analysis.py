@@ -338,6 +338,34 @@ def test_judged_claims(runs, make_run):
         analysis.judge(runs, {"BLV-01": [better._replace(metric="mio")]})
 
 
+def test_claims_board():
+    def table(**verdicts):
+        rows = [(c.replace("_", "-"), *v.split(": ")[::-1], "scenes") for c, v in verdicts.items()]
+        return pd.DataFrame(rows, columns=["claim", "found", "verdict", "data"])
+
+    tables = {
+        "02_claims": table(
+            RR_05="supported: falls", RR_06="open: -", BLV_01="supported: up", MED_02="open: see notebook 04"
+        ),
+        "04_claims": table(MED_02="contradicted: weaker"),
+        "05_claims": table(
+            RR_05="open: one seed", RR_06="open: -", BLV_01="contradicted: down", PAT_18="open: see notebook 14"
+        ),
+    }
+    board = analysis.claims_board(tables)
+    assert board.index.tolist() == analysis.claims().index.tolist()
+    assert board.loc["RR-05", ["verdict", "found"]].tolist() == ["supported", "02: falls; 05: one seed"]
+    assert board.loc["RR-05", ["notebooks", "data"]].tolist() == ["02, 05", "scenes"]
+    assert board.loc[["RR-06", "BLV-01"], "verdict"].tolist() == ["open", "open"], "nobody knows; they disagree"
+    assert board.loc["MED-02", ["verdict", "found"]].tolist() == ["contradicted", "04: weaker"]
+    assert board.loc["PAT-18", ["verdict", "found"]].tolist() == ["open", "05: see notebook 14"]
+    assert board.loc["RR-01", ["verdict", "notebooks"]].tolist() == ["open", ""]
+    assert "was run" in board.loc["RR-01", "found"]
+    with pytest.raises(UserError, match="RR-99"):
+        analysis.claims_board(tables | {"06_claims": table(RR_99="open: -")})
+    assert (analysis.claims_board({})["verdict"] == "open").all()
+
+
 def test_published_tables_are_carried_whole():
     table = analysis.published("rr_table05_lambda")
     assert table.set_index("lambda")["value"].to_dict() == {0.0: 43.95, 0.1: 44.61, 0.2: 44.85, 0.3: 45.02, 0.4: 44.64}
