@@ -10,9 +10,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
-from ltseg_core import metrics, stats
+from ltseg_core import evaluate, metrics, stats
 from ltseg_core.config import UserError, choose, data_root
+from ltseg_core.data.base import SegmentationDataset
 from ltseg_core.results import Run
 
 Verdict = Literal["supported", "contradicted", "open"]
@@ -213,6 +215,52 @@ def _reference(table: dict[str, list[Run]], baseline: str) -> list[Run]:
     return table.pop(baseline)
 
 
+def head_lead(sources: np.ndarray) -> tuple[float, float, float]:
+    """Share of the head pixels among false positives less that of the next largest group, with its interval.
+
+    sources: (S, N, 3) false positives per seed and image by true group, e.g. those of the tail classes summed from
+    `metrics.false_positive_sources`. NaN without a false positive.
+    """
+    masses = metrics.Marginals(sources, 0 * sources, 0 * sources)
+
+    def lead(m: Any) -> Any:
+        with np.errstate(invalid="ignore"):
+            return (m.tp[..., 0] - m.tp[..., 1:].max(-1)) / m.tp.sum(-1)
+
+    return metrics.interval(masses, lead)
+
+
+def tail_distances(
+    before: nn.Module,
+    after: Mapping[str, nn.Module],
+    dataset: SegmentationDataset,
+    groups: Sequence[str],
+    *,
+    precision: str = "fp32",
+) -> dict[str, np.ndarray]:
+    """Distance of head pixels to the nearest tail pixel of their image, in pixels of the label, (P,) float32 each.
+
+    "all": every head pixel;  a name of `after`: its new errors, the head pixels that `before` gets right and this
+    network calls a tail class (MEDOE, Appendix A.7). Images without a tail pixel have no distance and are left out.
+    groups: C names, see `stats.groups`;  precision: that of the runs
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    head, tail = (np.flatnonzero([g == name for g in groups]) for name in ("head", "tail"))
+    near = [i for i in range(len(dataset)) if np.asarray(dataset.histogram(i))[tail].any()]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("all", *after)}
+    maps = [evaluate.predictions(n, dataset, near, precision=precision) for n in (before, *after.values())]
+    for pairs in zip(*maps, strict=True):
+        label = pairs[0][1].cpu().numpy()
+        old, *new = (predicted.cpu().numpy() for predicted, _ in pairs)
+        away = distance_transform_edt(~np.isin(label, tail)).astype(np.float32)
+        chosen = np.isin(label, head)
+        found["all"].append(away[chosen])
+        for name, predicted in zip(after, new, strict=True):
+            found[name].append(away[chosen & (old == label) & np.isin(predicted, tail)])
+    return {name: np.concatenate([np.zeros(0, np.float32), *parts]) for name, parts in found.items()}
+
+
 def frequency_correlations(
     frequency: pd.DataFrame, scores: Mapping[str, np.ndarray], *, replicates: int = 2000
 ) -> pd.DataFrame:
@@ -366,6 +414,19 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     """Verdict on a claim with several parts: supported if all are, contradicted if one is, else open."""
     found = set(verdicts)
     return "contradicted" if "contradicted" in found else "supported" if found == {"supported"} else "open"
+
+
+def majority(count: int, number: int, what: str) -> tuple[str, Verdict]:
+    """A claim about most of `number` cases, of which `count` agree: what is found, in words, and the verdict.
+
+    The 95 % interval of the share (Wilson's) must leave out one half. It takes the cases as independent.
+    """
+    from scipy.stats import binomtest
+
+    if number == 0:
+        return f"{what}: there is none", "open"
+    low, high = binomtest(count, number).proportion_ci(method="wilson")
+    return f"{what}: {count} of {number} [{low:.0%}, {high:.0%}]", verdict(low - 0.5, high - 0.5, "positive")
 
 
 def agreed(verdicts: Iterable[Verdict]) -> Verdict:

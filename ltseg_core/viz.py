@@ -103,6 +103,7 @@ METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pi
 
 _HUES = ("#333333", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#9a7d5a")  # Okabe-Ito
 _MARKERS = "osD^vPXphd*<>8"
+_INTERVAL = ["value", "low", "high"]
 _LINES = ((0, ()), (0, (5, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||")
 
@@ -645,6 +646,45 @@ def plot_deltas(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
         row[0].set_ylabel("points")
     for column in axes.T:
         _class_axis(column, classes)
+    return axes
+
+
+@_styled
+def plot_delta_map(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
+    """Change of each class's score as a map, a row per method, classes by falling training pixels, a panel per metric.
+
+    Blue is loss, orange gain, on a square-root scale. Up to 20 classes a change of half a point or more stands in the
+    cell in points, bold where its interval leaves out 0; with more classes only the sign of those. Methods with one
+    seed come last, below a line. table: as for `plot_deltas`, optionally seeds. Returns the axes, (metrics,).
+    """
+    from matplotlib.colors import FuncNorm, LinearSegmentedColormap
+
+    _columns(table, "method", "class_id", "class", "group", "train_pixels", "metric", "value", "low", "high")
+    seeds = table.drop_duplicates("method").set_index("method").get("seeds", pd.Series(dtype=int))
+    methods = sorted(dict.fromkeys(table["method"]), key=lambda method: seeds.get(method, 2) == 1)
+    metrics, classes = list(dict.fromkeys(table["metric"])), _by_frequency(table)
+    axes = _panels(axes, (1, len(metrics)), height=0.6 + 0.21 * len(methods))[0]
+    limit = 100 * max(table["value"].abs().max(), 1e-3)
+    scale = FuncNorm((lambda v: np.sign(v) * np.abs(v) ** 0.5, lambda v: np.sign(v) * v**2), -limit, limit)
+    colours = LinearSegmentedColormap.from_list("change", [_shaded(_HUES[2], -0.5), "#ffffff", _HUES[1]])
+    for ax, metric in zip(axes, metrics, strict=True):
+        rows = table[table["metric"] == metric].set_index(["method", "class_id"])
+        value, low, high = (100 * rows[c].unstack().loc[methods, classes.index].to_numpy() for c in _INTERVAL)
+        picture = ax.imshow(value, cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
+        for (y, x), v in np.ndenumerate(value):
+            sure = low[y, x] > 0 or high[y, x] < 0
+            text = f"{v:+.0f}" if len(classes) <= 20 else f"{v:+.0f}"[0]
+            look = {"weight": "bold" if sure else "normal", "color": "white" if v < -limit / 4 else "0.1"}
+            if abs(v) >= 0.5 if len(classes) <= 20 else sure:
+                ax.text(x, y, text.replace("-", "−"), ha="center", va="center", fontsize=6.5, in_layout=False, **look)
+        if single := sum(bool(seeds.get(method, 2) == 1) for method in methods):
+            ax.axhline(len(methods) - single - 0.5, color="0.15", linewidth=1)
+        ax.set_title(f"Δ{METRIC_LABELS.get(metric, metric)}", pad=14)
+        ax.set_yticks(range(len(methods)), [method_style(m).label for m in methods])
+        _mark_groups(ax, classes["group"])
+        _class_axis(np.array([ax]), classes)
+        ax.set_xlim(-0.5, len(classes) - 0.5)
+    axes[0].figure.colorbar(picture, ax=list(axes), label="points", pad=0.01, aspect=40)
     return axes
 
 

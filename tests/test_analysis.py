@@ -1,6 +1,7 @@
 """Tables from finished runs: what they contain, and what may not be compared."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from ltseg_core import analysis, metrics, results, stats
 from ltseg_core.config import Experiment, UserError
+from ltseg_core.data.base import SegmentationDataset
 from ltseg_core.results import Run
 from ltseg_core.stats import ClassCounts
 
@@ -138,6 +140,66 @@ def test_class_changes(runs):
         analysis.class_changes(runs, baseline="focal")
 
 
+def test_lead_of_the_head_among_false_positives():
+    sources = np.tile([6.0, 1.0, 3.0], (2, 10, 1))  # 2 seeds, 10 images
+    assert analysis.head_lead(sources) == pytest.approx((0.3, 0.3, 0.3))
+    sources[1] = [2, 8, 0]
+    assert analysis.head_lead(sources)[0] == pytest.approx((0.3 - 0.6) / 2)
+    rng = np.random.default_rng(0)
+    value, low, high = analysis.head_lead(rng.integers(0, 9, (3, 20, 3)))
+    assert low < value < high
+    assert np.isnan(analysis.head_lead(np.zeros((1, 4, 3)))[0])
+
+
+class Drawn(SegmentationDataset):
+    """Labels, and as red, green and blue of the image what three networks predict."""
+
+    name, split, classes = "drawn", "test", ("sky", "pole", "sign")
+
+    def __init__(self, labels, predicted):
+        self.labels, self.predicted, self.names = labels, predicted, [str(i) for i in range(len(labels))]
+
+    def sample(self, index):
+        return self.predicted[index], self.labels[index]
+
+
+class Reads(torch.nn.Module):
+    """Predicts the class that stands in one channel of the image."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self.channel, self.unused = channel, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, image):
+        classes = torch.arange(3).view(1, 3, 1, 1)
+        return SimpleNamespace(logits=-((255 * image[:, self.channel, None] - classes) ** 2))
+
+
+def test_distances_to_the_nearest_tail_pixel():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(np.array([0, 1, 255], np.uint8), (5, 9, 7), p=[0.7, 0.2, 0.1])
+    predicted = rng.integers(0, 3, (5, 9, 7, 3), dtype=np.uint8)
+    labels[0, 2, 3] = labels[3, 8, 0] = labels[3, 1, 1] = 2  # no tail pixel in the other images
+    expected = {"all": [], "a": [], "b": []}
+    for i in (0, 3):
+        tail = np.argwhere(labels[i] == 2)
+        for pixel in np.argwhere(labels[i] == 0):
+            away = np.sqrt(((tail - pixel) ** 2).sum(1).min())
+            before, *after = predicted[i][tuple(pixel)]
+            for name, new in [("all", 2), *zip("ab", after, strict=True)]:
+                if new == 2 and (name == "all" or before == 0):
+                    expected[name].append(away)
+    networks = [Reads(channel) for channel in range(3)]
+    dataset, groups = Drawn(labels, predicted), ["head", "body", "tail"]
+    found = analysis.tail_distances(networks[0], dict(zip("ab", networks[1:], strict=True)), dataset, groups)
+    assert list(found) == list(expected)
+    for name in expected:
+        np.testing.assert_allclose(np.sort(found[name]), np.sort(expected[name]), rtol=1e-6)
+    assert len(found["a"]) > 5
+    nowhere = analysis.tail_distances(networks[0], {"a": networks[1]}, Drawn(labels[1:2], predicted[1:2]), groups)
+    assert {name: len(x) for name, x in nowhere.items()} == {"all": 0, "a": 0}
+
+
 def test_correlation_with_frequency():
     rng = np.random.default_rng(0)
     frequency = pd.DataFrame({"pixels": rng.lognormal(8, 2, 20), "images": rng.lognormal(4, 1, 20)})
@@ -244,6 +306,16 @@ def test_run_table_holds_the_integers(make_run):
     assert table["predicted_pixels"].tolist() == total.sum(0).tolist()
     assert table["train_pixels"].tolist() == COUNTS.pixels.tolist()
     assert table.iloc[0][["method", "seed", "split", "class"]].tolist() == ["ce", 3, "test", "road"]
+
+
+def test_majority_rule():
+    assert analysis.majority(0, 0, "cars") == ("cars: there is none", "open")
+    k, n, z = 15, 18, 1.959964
+    centre, half = (k + z**2 / 2) / (n + z**2), z / (n + z**2) * np.sqrt(k * (n - k) / n + z**2 / 4)
+    text, found = analysis.majority(k, n, "cars")
+    assert (text, found) == (f"cars: 15 of 18 [{centre - half:.0%}, {centre + half:.0%}]", "supported")
+    assert analysis.majority(n - k, n, "cars")[1] == "contradicted"
+    assert analysis.majority(2, 2, "cars")[1] == "open"  # two cases decide nothing
 
 
 def test_verdict_rule():

@@ -456,6 +456,26 @@ def test_a_difference_without_an_interval_is_pale() -> None:
     assert all(to_hex(b.get_facecolor()) != viz.method_colour("blv") for b in ax.patches)
 
 
+def test_map_of_changes() -> None:
+    table = score_table(5, ("ce", "blv", "pat"))
+    table["seeds"] = table["method"].map({"ce": 3, "blv": 1, "pat": 3})
+    table.loc[table["class_id"] == 2, ["value", "low", "high"]] = [0.12, -0.02, 0.4]
+    table.loc[table["class_id"] == 3, ["value", "low", "high"]] = np.nan
+    axes = viz.plot_delta_map(table)
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["cross-entropy", "PAT", "BLV"]  # one seed comes last
+    assert [line.get_ydata()[0] for line in axes[0].lines if len(set(line.get_ydata())) == 1] == [1.5]
+    for ax, metric in zip(axes, ("iou", "acc"), strict=True):
+        rows = table[table["metric"] == metric].set_index(["method", "class_id"])["value"].unstack()
+        drawn = ax.images[0].get_array()
+        np.testing.assert_allclose(drawn.filled(np.nan), 100 * rows.loc[["ce", "pat", "blv"], [4, 3, 2, 1, 0]])
+        texts = {t.get_position(): t for t in ax.texts if isinstance(t.get_position()[0], int)}
+        assert texts[2, 0].get_text() == "+12"
+        assert [texts[place].get_weight() for place in ((2, 0), (0, 0))] == ["normal", "bold"]
+        assert not any(x == 1 for x, _ in texts)  # nothing stands where there is no score
+    many = viz.plot_delta_map(score_table(30, ("blv",)))[0]
+    assert {t.get_text() for t in many.texts if t.get_fontsize() == 6.5} <= {"+", "−"}
+
+
 def test_means_stand_at_their_metric_with_their_intervals() -> None:
     rows = [("ce", "miou", 0.4, 0.35, 0.45), ("ce", "head", 0.8, 0.7, 0.9), ("blv", "miou", 0.5, 0.4, 0.6)]
     ax = viz.plot_means(pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high"]))
@@ -553,6 +573,7 @@ def test_figures_are_drawn_on_the_axes_given() -> None:
         "plot_history",
         "plot_per_class",
         "plot_deltas",
+        "plot_delta_map",
         "plot_means",
         "plot_against_frequency",
         "plot_correlations",
