@@ -6,8 +6,9 @@ BIN := .venv/bin
 
 .PHONY: reproduce test quicktest smoke publish figures lock clean environment
 
-reproduce: environment  ## run every notebook headless in the quick profile
+reproduce: environment  ## run every notebook headless in the quick profile, make one site of them
 	$(BIN)/ltseg run --profile quick --out out/quick --jobs $(JOBS)
+	$(BIN)/ltseg report --out out/quick
 
 test: environment  ## the whole test suite, type checker and linter
 	$(BIN)/ruff check .

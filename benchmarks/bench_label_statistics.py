@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ltseg_core import data, stats
+from ltseg_core import config, data, stats
 from ltseg_core.config import data_root
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", help="default: $LTSEG_DATA, else ./data")
     parser.add_argument("--dataset", default="camvid")
-    parser.add_argument("--threads", type=int, default=stats.cores())
+    parser.add_argument("--threads", type=int, default=config.cores())
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
 

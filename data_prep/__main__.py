@@ -12,17 +12,22 @@ from data_prep.camvid import CAMVID
 from data_prep.ccp import CCP
 from data_prep.class_stats import CLASS_STATS
 from data_prep.install import prepare_images, prepare_tables
+from data_prep.public_results import ADE20K_STATS, CITYSCAPES_STATS
 from ltseg_core.config import UserError, choose, data_root
 
 DATASETS: dict[str, Callable[..., str]] = {
     "camvid": partial(prepare_images, CAMVID),
     "ccp": partial(prepare_images, CCP),
     "class_stats": partial(prepare_tables, CLASS_STATS),
+    "ade20k_stats": partial(prepare_tables, ADE20K_STATS),
+    "cityscapes_stats": partial(prepare_tables, CITYSCAPES_STATS),
 }
 HELP = """data sets:
-  camvid       street scenes, 11 classes, 701 frames (190 MB to download, 41 MB kept)
-  ccp          clothing, 59 classes, 1,004 photographs (130 MB to download, 29 MB kept)
-  class_stats  class counts of ADE20K, COCO-Stuff and Cityscapes (10 kB)
+  camvid            street scenes, 11 classes, 701 frames (190 MB to download, 41 MB kept)
+  ccp               clothing, 59 classes, 1,004 photographs (130 MB to download, 29 MB kept)
+  class_stats       class counts of ADE20K, COCO-Stuff and Cityscapes (10 kB)
+  ade20k_stats      published IoU and accuracy per class, 24 results on ADE20K (15 MB to download, 0.6 MB kept)
+  cityscapes_stats  the same, 45 results on Cityscapes (16 MB to download, 0.1 MB kept)
 
 examples:
   python -m data_prep camvid --root data

@@ -21,7 +21,8 @@ public GitHub repository `dvlab-research/Parametric-Contrastive-Learning`, folde
 fe56535ecd716e56a72e75c4e818f2059e557584; class names from its folder GPaCo/Seg/mmseg/datasets. The
 pixel counts of COCO-Stuff-10K start with an `unlabeled` row, which is dropped here.
 """
-STATS, NAMES = "GPaCo/Seg/stats", "GPaCo/Seg/mmseg/datasets"
+SOURCE = "dvlab-research/Parametric-Contrastive-Learning/fe56535ecd716e56a72e75c4e818f2059e557584/GPaCo/Seg"
+STATS, NAMES = f"{SOURCE}/stats", f"{SOURCE}/mmseg/datasets"
 NAME_FILES = {
     "ade20k": "ade.py",
     "cityscapes": "cityscapes.py",
@@ -39,7 +40,7 @@ def class_names(source: bytes) -> list[str]:
 
 
 def build(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Source files by path -> one CSV a data set."""
+    """Source files by address -> one CSV a data set."""
     tables = {}
     for dataset, name_file in NAME_FILES.items():
         classes = class_names(files[f"{NAMES}/{name_file}"])
@@ -57,8 +58,6 @@ def build(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 CLASS_STATS = TableSet(
     name="class_stats",
-    repository="dvlab-research/Parametric-Contrastive-Learning",
-    commit="fe56535ecd716e56a72e75c4e818f2059e557584",
     blobs={
         f"{STATS}/ade20k_pix_label_stats.txt": "4a94ed88bfed23c4e3e82aabcb81080ab9743e02",
         f"{STATS}/ade20k_image_label_stats.txt": "ff12d9ddb908a220feb7a9115e1c1303b2a4d7ac",
@@ -73,7 +72,8 @@ CLASS_STATS = TableSet(
         f"{NAMES}/coco_stuff.py": "546a014284b803d63018442fa0e7cb12e8385d4d",
     },
     build=build,
-    columns=("class_index", "train_pixels", "train_images"),  # public lists spell some names differently
+    # without class names: public lists spell some differently
+    columns={f"{dataset}.csv": ("class_index", "train_pixels", "train_images") for dataset in NAME_FILES},
     sha256={
         "ade20k.csv": "4cec35b7bff7c893ecebdcebff91f02f0c1c3b974d462c3daeb54aa413e7016a",
         "cityscapes.csv": "9026a74f76844ddb89f83fcebe6791b22c62bc2e58059e766cd7eab011879966",

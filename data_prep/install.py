@@ -58,17 +58,15 @@ class ImageSet:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSet:
-    """Tables computed from a few small files of one public repository."""
+    """Tables computed from small files of public repositories."""
 
     name: str
-    repository: str
-    commit: str
     blobs: Mapping[str, str]
-    """Path in the repository -> its git blob id."""
+    """`owner/repository/commit/path` of a file on GitHub -> its git blob id."""
     build: Callable[[Mapping[str, bytes]], Mapping[str, bytes]]
-    """Source files by path -> finished files by name."""
-    columns: Sequence[str]
-    """The columns under checksum."""
+    """Source files, by the same keys -> finished files by name."""
+    columns: Mapping[str, Sequence[str]]
+    """Finished CSV -> its columns under checksum."""
     sha256: Mapping[str, str]
     """Finished CSV -> SHA-256 of these columns, comma-separated, one row a line, without header."""
     readme: str
@@ -195,14 +193,14 @@ def prepare_tables(spec: TableSet, root: Path, *, base_url: str | None = None, k
     def build(work: Path, folder: Path) -> None:
         files = {}
         for path, expected in spec.blobs.items():
-            local = work / "sources" / path.replace("/", "_")
-            download(f"{base_url or FILES}/{spec.repository}/{spec.commit}/{path}", local)
+            local = work / "sources" / path
+            download(f"{base_url or FILES}/{path}", local)
             files[path] = local.read_bytes()
             if (found := blob_id(files[path])) != expected:
                 remove(local)
                 raise UserError(
-                    f"{path} of {spec.repository}: checksum differs: git blob id {found}, expected "
-                    f"{expected}. It was deleted and nothing was installed: {AGAIN}"
+                    f"{path}: checksum differs: git blob id {found}, expected {expected}. "
+                    f"It was deleted and nothing was installed: {AGAIN}"
                 )
         for name, content in spec.build(files).items():
             write_atomically(folder / name, content)
@@ -215,16 +213,16 @@ def prepare_tables(spec: TableSet, root: Path, *, base_url: str | None = None, k
 def check_tables(spec: TableSet, folder: Path) -> None:
     """Raise UserError unless `folder` holds the finished tables, each with the expected checksum."""
     for name, expected in spec.sha256.items():
-        path = folder / name
+        path, columns = folder / name, spec.columns[name]
         try:
             with path.open(newline="") as file:
-                lines = [",".join(row[column] for column in spec.columns) for row in csv.DictReader(file)]
+                lines = [",".join(row[column] for column in columns) for row in csv.DictReader(file)]
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
         except (KeyError, TypeError, ValueError, csv.Error):
-            raise UserError(f"{path} is not a table with the columns {', '.join(spec.columns)}") from None
+            raise UserError(f"{path} is not a table with the columns {', '.join(columns)}") from None
         if (found := hashlib.sha256("\n".join(lines).encode()).hexdigest()) != expected:
-            raise UserError(f"{path}: checksum differs: SHA-256 of its counts is {found}, expected {expected}")
+            raise UserError(f"{path}: checksum differs: SHA-256 of its values is {found}, expected {expected}")
 
 
 def _install(

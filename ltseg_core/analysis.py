@@ -26,6 +26,8 @@ CORRELATIONS: dict[str, tuple[Literal["pearson", "spearman"], Callable[[np.ndarr
     "spearman": ("spearman", np.asarray),
 }
 CHANGING = {**PER_CLASS, "precision": metrics.precision}
+CLASS_SCORES: dict[str, Callable[[Any], Any]] = {**CHANGING, "fp_per_tp": partial(metrics.fp_per_tp, classes=[0])}
+"""Of counts of a single class."""
 
 
 def label(run: Run) -> str:
@@ -120,6 +122,22 @@ def per_class(
     return pd.concat(frames, ignore_index=True)
 
 
+def class_scores(runs: Iterable[Run], class_id: int, *, split: str = "test", replicates: int = 2000) -> pd.DataFrame:
+    """What one class scores with each method over a whole split: method, metric, value, low, high, seeds.
+
+    metric: iou, acc, precision, fp_per_tp; NaN where 0/0, and fp_per_tp also where no pixel of the class is found.
+    Intervals as in `metrics.interval`. Raises UserError for runs that cannot be compared (`by_method`).
+    """
+    rows = []
+    for method, group in by_method(runs).items():
+        of_class = (m[..., [class_id]] for m in metrics.marginals(counts_of(group, split)))
+        drawn = metrics.resample(metrics.Marginals(*of_class), replicates=replicates)
+        for name, score in CLASS_SCORES.items():
+            limits = np.ravel(metrics.interval(drawn, score))
+            rows.append((method, name, *limits.tolist(), len(group)))
+    return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
+
+
 Interval = Callable[[Callable[..., Any]], tuple[Any, Any, Any]]
 
 
@@ -200,22 +218,27 @@ def frequency_correlations(
 ) -> pd.DataFrame:
     """How closely class scores follow class frequencies: score, kind, frequency, value, low, high, classes.
 
-    frequency: one row per class, one column per way to count (pixels, images, ...);  scores: (C,) each
-    kind: a key of CORRELATIONS, `pearson` being that of the raw counts; intervals as in `stats.correlation`.
+    frequency: one row per class, one column per way to count (pixels, images, ...)
+    scores: (C,) each, or (M, C), the scores of M models: then the mean of their coefficients
+    kind: a key of CORRELATIONS, `pearson` being that of the raw counts. 95 % bootstrap percentile intervals, classes
+    resampled with replacement, alike for everything in the table.
     For every column after the first there is also its difference to the first, `images - pixels`.
-    A class without score or with a count of zero is left out.
+    A class with a count of zero, or without one of the scores, is left out of all.
     """
     first, *others = frequency.columns
-    occurs = (frequency > 0).all(axis=1).to_numpy()
+    stacked = [np.atleast_2d(score) for score in scores.values()]
+    y, last = np.concatenate(stacked), np.cumsum([len(rows) for rows in stacked])
+    used = (frequency > 0).all(axis=1).to_numpy() & ~np.isnan(y).any(0)
     rows = []
-    for name, score in scores.items():
-        y = np.where(occurs, score, np.nan)
-        for kind, (coefficient, scale) in CORRELATIONS.items():
-            x = {column: scale(frequency[column].to_numpy(dtype=float)[occurs]) for column in frequency}
-            correlation = partial(stats.correlation, y=y[occurs], kind=coefficient, replicates=replicates)
-            found = {column: correlation(x[column]) for column in x}
-            found |= {f"{column} - {first}": correlation(x[column], less=x[first]) for column in others}
-            rows += [(name, kind, c, *limits, int((~np.isnan(y)).sum())) for c, limits in found.items()]
+    for kind, (coefficient, scale) in CORRELATIONS.items():
+        x = scale(frequency.to_numpy(dtype=float)[used].T)
+        found = stats.resampled_correlations(x, y[:, used], kind=coefficient, replicates=replicates)
+        for name, models in zip(scores, np.split(found, last[:-1], axis=2), strict=True):
+            samples = dict(zip(frequency, models.mean(2).T, strict=True))
+            samples |= {f"{column} - {first}": samples[column] - samples[first] for column in others}
+            for column, values in samples.items():
+                low, high = stats.percentile_interval(values[1:], 0.95)
+                rows.append((name, kind, column, values[0], low, high, int(used.sum())))
     return pd.DataFrame(rows, columns=["score", "kind", "frequency", "value", "low", "high", "classes"])
 
 
@@ -345,6 +368,12 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     return "contradicted" if "contradicted" in found else "supported" if found == {"supported"} else "open"
 
 
+def agreed(verdicts: Iterable[Verdict]) -> Verdict:
+    """Verdict of several measurements of one claim: what some of them say if none says the opposite, else open."""
+    found = set(verdicts) - {"open"}
+    return found.pop() if len(found) == 1 else "open"
+
+
 class Comparison(NamedTuple):
     """One testable part of a claim: the paired difference of a mean between two methods has an expected sign.
 
@@ -435,3 +464,30 @@ def _decide(
     if seeds == 1:
         return f"{text} (one seed)", "open"
     return text, verdict(*limits[1:], expected, margin=margin)
+
+
+def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row for every claim of the papers, indexed by its ID: what all notebooks together say of it.
+
+    tables: by name `NN_claims`, rows as those of `judge` with the columns claim, found, verdict, data
+    Columns: statement, published, found (a sentence for each notebook), data, verdict, notebooks (their numbers).
+    The verdicts of several notebooks are one by `agreed`; a claim that no table judges is open. A row that only
+    points elsewhere ("see notebook 04") gives way to any other.
+    Raises UserError for an unknown claim.
+    """
+    known = claims()
+    empty = pd.DataFrame(columns=["claim", "found", "verdict", "data", "notebook"])
+    rows = pd.concat([empty, *(table.assign(notebook=name.partition("_")[0]) for name, table in tables.items())])
+    for claim in rows["claim"]:
+        choose("claim", claim, known.index)
+    pointer = rows["found"].str.startswith("see notebook")
+    rows = rows[~pointer | ~rows["claim"].isin(rows.loc[~pointer, "claim"])]
+    said = rows.assign(found=rows["notebook"] + " (" + rows["data"] + "): " + rows["found"]).groupby("claim")
+    together = {
+        "found": said["found"].agg("; ".join),
+        "data": said["data"].unique().map(", ".join),
+        "verdict": said["verdict"].agg(agreed),
+        "notebooks": said["notebook"].unique().map(", ".join),
+    }
+    board = known[["statement", "published"]].join(pd.DataFrame(together))
+    return board.fillna({"found": "no notebook that judges it was run", "data": "", "verdict": "open", "notebooks": ""})

@@ -77,7 +77,7 @@ def _root(
 def run(
     notebooks: Annotated[list[str] | None, typer.Argument(help="Numbers or names; default: all.")] = None,
     profile: ProfileName = "quick",
-    out: Annotated[Path, typer.Option(help="Folder for executed notebooks, figures, HTML.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for executed notebooks and figures.")] = Path("out"),
     jobs: Annotated[int, typer.Option(help="Notebooks side by side; 0 chooses.", min=0)] = 0,
     scheduler: Annotated[str | None, typer.Option(help="Run on this Dask cluster, tcp://host:port.")] = None,
     parameter: Set = None,
@@ -85,7 +85,7 @@ def run(
     data_root: DataRoot = None,
     runs: Runs = None,
 ) -> None:
-    """Execute the notebooks headless, in order, and build their HTML.
+    """Execute the notebooks headless, in order; `ltseg report` makes one site of them.
 
     Examples:
 
@@ -165,28 +165,26 @@ def train(
 
 @app.command()
 def figures(
+    notebooks: Annotated[list[str] | None, typer.Argument(help="Numbers or names; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
     profile: ProfileName = "quick",
     data_root: DataRoot = None,
     runs: Runs = None,
 ) -> None:
-    """Regenerate every figure from finished runs; trains nothing.
+    """Regenerate figures and tables from finished runs; trains nothing.
 
-    Example: ltseg figures --out figures/
+    Examples:
+
+      ltseg figures --out figures/
+
+      ltseg figures 02 07
     """
-    from tempfile import TemporaryDirectory
+    from ltseg_core.redraw import redraw
 
-    from ltseg_core import collection
-
-    _export(LTSEG_DATA=data_root, LTSEG_RUNS=runs)
-    os.environ["LTSEG_TRAIN"] = "0"
-    with TemporaryDirectory() as scratch:
-        outcome = collection.run(None, profile=profile, out=Path(scratch), figures=out, force=True)
-        failed = [result for result in outcome if result.failed]
-        if failed:
-            typer.echo(collection.summary(outcome, scratch, str(out)), err=True)
-            raise typer.Exit(1)
+    failed = redraw(notebooks, figures=out, profile=profile, runs=runs, data_root=data_root)
     typer.echo(f"{len(list(out.glob('*.png')))} figures in {out}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -231,13 +229,15 @@ def stats(
 def report(
     out: Annotated[Path, typer.Option(help="Folder that `ltseg run --out` filled.")] = Path("out"),
 ) -> None:
-    """Build the HTML pages and their index again from the executed notebooks in OUT.
+    """Build one static site in OUT/site: executed notebooks, claims board, a page for each method.
+
+    It opens from the file system and loads nothing from the network.
 
     Example: ltseg report --out out
     """
-    from ltseg_core import collection
+    from ltseg_core import report
 
-    typer.echo(f"report: {collection.report(out)}")
+    typer.echo(f"report: {report.build(out)}")
 
 
 @app.command()

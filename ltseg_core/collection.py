@@ -1,8 +1,8 @@
 """The numbered notebooks as a graph: executed headless by papermill, in parallel or on a Dask cluster.
 
 Every notebook runs in a process of its own (`launch`), which starts the kernel and lives no longer than its
-caller. Layout of `out`: notebooks/ (executed), html/, figures/, index.html; status/ (one JSON file for each
-notebook: what up-to-date means); partial/ (the executed part of a notebook that runs or has failed).
+caller. Layout of `out`: notebooks/ (executed), figures/; status/ (one JSON file for each notebook: what up-to-date
+means); partial/ (the executed part of a notebook that runs or has failed); site/ is what `report` makes of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import graphlib
 import hashlib
-import html
 import importlib.metadata
 import json
 import os
@@ -29,9 +28,7 @@ from typing import Any, Literal
 
 from ltseg_core import config
 from ltseg_core.config import UserError, choose
-from ltseg_core.notebook import Notebook, read, source_hash, text_differs, to_html, write
-
-PACKAGE = Path(__file__).resolve().parent
+from ltseg_core.notebook import PACKAGE, Notebook, package_hash, read, source_hash, text_differs, write
 
 
 @dataclass(frozen=True)
@@ -169,16 +166,12 @@ def run(
     chosen = _with_needs(select(names, available), available)
     values = _parameters(chosen, parameters or {}, profile)
     out = Path(out).expanduser().resolve()
-    env = {
-        "LTSEG_RUNS": str(Path(runs or os.environ.get("LTSEG_RUNS") or "runs").expanduser().resolve()),
-        "LTSEG_FIGURES": str(Path(figures or out / "figures").expanduser().resolve()),
-        "LTSEG_DATA": str(config.data_root(data_root).resolve()),
-    }
+    env = places(runs, figures or out / "figures", data_root)
     with _claimed(out, Path(env["LTSEG_FIGURES"]), Path(env["LTSEG_RUNS"])) as alive:
         keys = _keys(chosen, values, env)
         statuses = {n.name: _status(out, n.name) for n in chosen}
         fresh = {n.name for n in chosen if not force and _is_fresh(out, statuses[n.name], keys[n.name])}
-        jobs = jobs or max(1, min(_cores(), len(chosen) - len(fresh)))
+        jobs = jobs or max(1, min(config.cores(), len(chosen) - len(fresh)))
         tasks = {
             n.name: {
                 "name": n.name,
@@ -187,19 +180,27 @@ def run(
                 "key": keys[n.name],
                 "parameters": values[n.name],
                 "env": env,
-                "threads": None if scheduler else max(1, _cores() // jobs),
+                "threads": None if scheduler else max(1, config.cores() // jobs),
                 "timeout": timeout,
                 "alive": str(alive),
             }
             for n in chosen
         }
         results: dict[str, Result] = {}
-        try:
-            with _executor(jobs, scheduler) as executor:
-                _run_graph(chosen, tasks, fresh, executor, results, alive, show)
-        finally:
-            write(out / "index.html", _index(out, available, results))
+        with _executor(jobs, scheduler) as executor:
+            _run_graph(chosen, tasks, fresh, executor, results, alive, show)
     return [results[n.name] for n in chosen]
+
+
+def places(
+    runs: str | os.PathLike[str] | None, figures: str | os.PathLike[str], data_root: str | os.PathLike[str] | None
+) -> dict[str, str]:
+    """The environment that tells a notebook where runs, figures and data are."""
+    return {
+        "LTSEG_RUNS": str(Path(runs or os.environ.get("LTSEG_RUNS") or "runs").expanduser().resolve()),
+        "LTSEG_FIGURES": str(Path(figures).expanduser().resolve()),
+        "LTSEG_DATA": str(config.data_root(data_root).resolve()),
+    }
 
 
 def summary(results: Sequence[Result], out: str | os.PathLike[str], figures: str | None = None) -> str:
@@ -210,7 +211,7 @@ def summary(results: Sequence[Result], out: str | os.PathLike[str], figures: str
     remarks = [f"the text of {r.notebook.name} was written for other numbers: {r.remark}" for r in results if r.remark]
     failed = [f"what ran of {r.notebook.name}: {r.executed}" for r in results if r.state == "failed"]
     places = {"notebooks": Path(out, "notebooks"), "figures": figures or Path(out, "figures")}
-    where = [f"{name}: {path}" for name, path in {**places, "HTML": Path(out, "index.html")}.items()]
+    where = [f"{name}: {path}" for name, path in places.items()]
     return "\n".join([f"{len(results)} notebooks: {', '.join(counts)}", *problems, *remarks, *failed, *where])
 
 
@@ -366,11 +367,7 @@ def _worker_threads() -> int:
     """Cores for each of the tasks that this Dask worker takes at a time (it sets OMP_NUM_THREADS to 1)."""
     from distributed import get_worker
 
-    return max(1, _cores() // get_worker().state.nthreads)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, config.cores() // get_worker().state.nthreads)
 
 
 @contextlib.contextmanager
@@ -379,7 +376,7 @@ def _claimed(out: Path, *folders: Path) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     try:
-        for path in (out / "notebooks", out / "html", out / "status", out / "partial", *folders):
+        for path in (out / "notebooks", out / "status", out / "partial", *folders):
             path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock", timeout=0)
         lock.acquire()
@@ -405,16 +402,11 @@ def _sha(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _code(package: Path) -> str:
-    files = [p for p in sorted(package.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
-    return _sha([(p.relative_to(package).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
-
-
 def _keys(chosen: Sequence[Notebook], values: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
     """A hash for each notebook of everything that its outputs depend on."""
     data = Path(env["LTSEG_DATA"])
     surroundings = [
-        _code(PACKAGE),
+        package_hash(),
         sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}),  # some are found twice
         [sys.version, env],
         sorted(p.name for p in data.iterdir()) if data.is_dir() else [],  # a data set that arrives is used
@@ -454,43 +446,6 @@ def _status(out: Path, name: str) -> dict[str, Any]:
 def _sentence(error: BaseException) -> str:
     first = str(error).strip().partition("\n")[0]
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
-
-
-def report(out: str | os.PathLike[str]) -> Path:
-    """Build HTML pages and index again from the executed notebooks in `out`; return the path of the index."""
-    import nbformat
-
-    out = Path(out)
-    executed = sorted((out / "notebooks").glob("*.ipynb"))
-    if not executed:
-        raise UserError(f"no executed notebooks in {out / 'notebooks'}: run `ltseg run --out {out}` first")
-    for path in executed:
-        write(out / "html" / f"{path.stem}.html", to_html(nbformat.read(path, as_version=4), path))
-    write(out / "index.html", _index(out, [read(path) for path in executed], {}))
-    return out / "index.html"
-
-
-def _index(out: Path, available: Sequence[Notebook], results: Mapping[str, Result]) -> str:
-    rows = []
-    for n in available:
-        status = _status(out, n.name)
-        state = results[n.name].state if n.name in results else status.get("state", "not run")
-        page = out / "html" / f"{n.name}.html"
-        link = f'<a href="html/{html.escape(page.name)}">{n.name}</a>' if page.exists() else n.name
-        error = results[n.name].error if n.name in results else status.get("error")
-        cells = [link, html.escape(n.question), html.escape(f"{state}: {error}" if error else state)]
-        time_cell = f"{status['wall_s']:.0f} s" if "wall_s" in status else ""
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, time_cell]) + "</tr>")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Executed notebooks</title>
-<style>body {{ font-family: system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
-td, th {{ text-align: left; padding: .3rem 1rem .3rem 0; vertical-align: top }}</style></head>
-<body><h1>Executed notebooks</h1>
-<table><tr><th>Notebook</th><th>Question</th><th>State</th><th>Run time</th></tr>
-{chr(10).join(rows)}
-</table></body></html>
-"""
 
 
 # ------------------------------------------------------------------------------------ the process of `launch`
@@ -533,11 +488,10 @@ def _execute(task: Mapping[str, Any]) -> None:
             config=Config(KernelManager={"transport": "tcp"}),  # parallel kernels met on one ipc path
         )
         executed.metadata.papermill["input_path"] = task["path"]  # papermill has put the whole notebook there
-        write(out / "html" / f"{name}.html", to_html(executed, Path(task["path"])))
         write(out / "notebooks" / f"{name}.ipynb", nbformat.writes(executed))
         partial.unlink()
         made = [str(p) for p, modified in _modified(figures).items() if before.get(p) != modified]
-        outputs = [f"notebooks/{name}.ipynb", f"html/{name}.html", *made]
+        outputs = [f"notebooks/{name}.ipynb", *made]
         save(state="finished", outputs=outputs, remark=text_differs(executed))
     except PapermillExecutionError as error:  # its metadata are no witness: cells that never ran are "completed"
         first = error.evalue.strip().partition("\n")[0]

@@ -59,6 +59,11 @@ def check_options(
     return {name: _typed(name, value, hints[name]) for name, value in canonical(kind, options, valid).items()}
 
 
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """The folder that holds the data sets: `root`, else $LTSEG_DATA, else ./data."""
     return Path(root or os.environ.get("LTSEG_DATA") or "data").expanduser()

@@ -1,4 +1,4 @@
-"""From network and data set to predictions and confusion counts."""
+"""From network and data set to outputs, predictions and confusion counts."""
 
 from __future__ import annotations
 
@@ -34,6 +34,30 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
+def outputs(
+    network: nn.Module,
+    dataset: SegmentationDataset,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 8,
+    precision: str = "fp32",
+) -> Iterator[tuple[Any, list[Tensor]]]:
+    """The network's Output in evaluation mode and the label maps, each (H, W) uint8, of batch after batch of images.
+
+    The network sees each image at the data set's image size, in batches of neighbours of one size (so padding never
+    changes a score). The logits are float32; everything but the labels is on the network's device.
+    """
+    device = next(network.parameters()).device
+    with evaluation_mode(network):
+        for _, same in groupby((dataset[i] for i in indices), key=lambda item: item[0].shape):
+            while items := list(islice(same, batch_size)):
+                image = torch.stack([image for image, _ in items]).to(device, torch.float32, non_blocking=True) / 255
+                with autocast(device, precision):
+                    output = network(image)
+                yield output._replace(logits=output.logits.float()), [label for _, label in items]
+
+
+@torch.inference_mode()
 def logit_maps(
     network: nn.Module,
     dataset: SegmentationDataset,
@@ -45,21 +69,14 @@ def logit_maps(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(logits (C, H, W) float32, true label map (H, W) uint8) of the images, at the label's own size, on the device.
 
-    The network sees each image at the data set's image size, in batches of neighbours of one size (so padding never
-    changes a score); its logits are brought bilinearly to the label's size.
+    Images are seen as in `outputs`; the logits are brought bilinearly to the label's size.
     read: what to take of the network's output, (B, C, H, W)
     """
-    device = next(network.parameters()).device
-    with evaluation_mode(network):
-        for _, same in groupby((dataset[i] for i in indices), key=lambda item: item[0].shape):
-            while items := list(islice(same, batch_size)):
-                image = torch.stack([image for image, _ in items]).to(device, torch.float32, non_blocking=True) / 255
-                with autocast(device, precision):
-                    logits = read(network(image))
-                for own, (_, label) in zip(logits.float(), items, strict=True):
-                    if own.shape[1:] != label.shape:
-                        own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
-                    yield own, label.to(device, non_blocking=True)
+    for output, labels in outputs(network, dataset, indices, batch_size=batch_size, precision=precision):
+        for own, label in zip(read(output).float(), labels, strict=True):
+            if own.shape[1:] != label.shape:
+                own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
+            yield own, label.to(own.device, non_blocking=True)
 
 
 @torch.inference_mode()
@@ -73,7 +90,7 @@ def predictions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(predicted, true) label maps of the images, each (H, W) uint8; see `logit_maps`."""
     for logits, label in logit_maps(network, dataset, indices, batch_size=batch_size, precision=precision):
-        yield logits.max(0).indices.to(torch.uint8), label  # several times as fast as argmax on a CPU
+        yield logits.max(0).indices.to(torch.uint8), label  # argmax takes four times as long on a CPU
 
 
 def confusion(

@@ -134,6 +134,16 @@ def iou_at(acc: Array, fp_per_tp: Array) -> Array:
     return 1 / (1 / acc + fp_per_tp)
 
 
+def fp_per_tp(counts: Array | Marginals, classes: Sequence[int] | np.ndarray) -> Array:
+    """False positives per true positive of some classes together, (...); NaN where none of their pixels is found.
+
+    For one class it is 1 / precision - 1 (Region Rebalance, Sec. 3.1.1).
+    """
+    m = marginals(counts)
+    tp, fp = m.tp[..., classes].sum(-1), m.fp[..., classes].sum(-1)
+    return _ratio(fp, tp) * _ratio(tp, tp)  # 0 / 0 is NaN where fp / 0 would be infinite
+
+
 def remark1(before: Array | Marginals, after: Array | Marginals) -> np.ndarray:
     """Whether each class meets Remark 1 of Region Rebalance, (..., C) bool: its IoU then does not fall.
 
@@ -152,6 +162,19 @@ def false_positive_sources(counts: np.ndarray, groups: Sequence[str]) -> np.ndar
     """
     wrong = np.asarray(counts) * ~np.eye(len(groups), dtype=bool)
     return np.stack([wrong[..., np.flatnonzero([g == name for g in groups]), :].sum(-2) for name in GROUPS], -2)
+
+
+def error_map(label: np.ndarray, predicted: np.ndarray, class_id: int) -> np.ndarray:
+    """What a prediction does with one class, (H, W) uint8: 1 true positive, 2 false positive, 3 false negative.
+
+    0 where neither names the class, IGNORE_INDEX where the label does not count. label, predicted: (H, W) integers.
+    Raises ValueError for different shapes.
+    """
+    if label.shape != predicted.shape:
+        raise ValueError(f"label and predicted must share one shape, got {label.shape} and {predicted.shape}")
+    true, called = label == class_id, predicted == class_id
+    errors = np.where(true, np.where(called, 1, 3), np.where(called, 2, 0))
+    return np.where(label == IGNORE_INDEX, IGNORE_INDEX, errors).astype(np.uint8)
 
 
 def class_mean(per_class: Array) -> ClassMean:
@@ -347,7 +370,7 @@ def resample(counts: Array | Marginals | Resampled, *, replicates: int = 2000, s
     m = np.stack([v.cpu().numpy() if isinstance(v, Tensor) else v for v in marginals(counts)])
     if m.ndim != 4 or 0 in m.shape:
         raise ValueError(f"expected counts of shape (S, N, C, C), none of them 0, got marginals of shape {m.shape[1:]}")
-    drawn = _weights(np.random.default_rng(seed), replicates, m.shape[2])  # (R, N)
+    drawn = resampling_weights(np.random.default_rng(seed), replicates, m.shape[2])  # (R, N)
     return Resampled(Marginals(*m.sum(2)), Marginals(*np.matmul(drawn, m)), m.shape[2])
 
 
@@ -370,7 +393,7 @@ def interval(
     per-class metric.
     """
     drawn = resample(counts, replicates=replicates, seed=seed)
-    return _with_limits(metric(drawn.seeds), _replicated(drawn, metric), confidence, images=drawn.images)
+    return with_limits(metric(drawn.seeds), _replicated(drawn, metric), confidence, images=drawn.images)
 
 
 def paired_interval(
@@ -395,7 +418,7 @@ def paired_interval(
             f"{s} x {n} x {c} and {s2} x {n2} x {c2} (seeds x images x classes)"
         )
     samples = _replicated(x, metric) - _replicated(y, metric)
-    return _with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
+    return with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
 
 
 def bootstrap(
@@ -417,12 +440,12 @@ def bootstrap(
     sums = np.asarray(sums.cpu() if isinstance(sums, Tensor) else sums, dtype=np.float64)
     if sums.ndim < 2 or 0 in sums.shape:
         raise ValueError(f"expected sums of shape (S, N, ...), none of them 0, got {sums.shape}")
-    drawn = _weights(np.random.default_rng(seed), replicates, sums.shape[1])  # (R, N)
+    drawn = resampling_weights(np.random.default_rng(seed), replicates, sums.shape[1])  # (R, N)
     parts = np.array_split(drawn, -(-replicates * sums[:, 0].size // 2**23))  # 64 MB of replicates at a time
     flat = sums.reshape(*sums.shape[:2], -1)
     samples = [score((part @ flat).reshape(len(flat), len(part), *sums.shape[2:])) for part in parts]
     whole = nanmean(np.moveaxis(np.concatenate(samples, 1), 0, -1))  # (R,) or (R, K)
-    return _with_limits(score(sums.sum(1)), whole, confidence, images=sums.shape[1])
+    return with_limits(score(sums.sum(1)), whole, confidence, images=sums.shape[1])
 
 
 def _replicated(drawn: Resampled, metric: Callable[[Array | Marginals], Array]) -> np.ndarray:
@@ -430,7 +453,11 @@ def _replicated(drawn: Resampled, metric: Callable[[Array | Marginals], Array]) 
     return nanmean(np.moveaxis(metric(drawn.replicates), 0, -1))
 
 
-def _with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
+def with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
+    """Mean over seeds with its interval over images and seeds, as in `interval`: (value, low, high).
+
+    scores: (S,) or (S, C) per seed;  samples: (R,) or (R, C) bootstrap replicates over `images` images of their mean
+    """
     value = nanmean(np.moveaxis(scores, 0, -1))
     low, high = percentile_interval(samples, confidence)
     _, seeds_low, seeds_high = seed_interval(scores, confidence=confidence)
@@ -461,7 +488,7 @@ def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) 
     return _plain(mean), _plain(mean - half), _plain(mean + half)
 
 
-def _weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
+def resampling_weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
     """How often each of n items is drawn in n draws with replacement, (R, n) float64."""
     if replicates < 1:
         raise ValueError(f"replicates must be >= 1, got {replicates}")

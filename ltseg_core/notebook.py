@@ -1,4 +1,4 @@
-"""One notebook as a file: what it asks, its parameters and source hash, its HTML page, its committed copy."""
+"""One notebook as a file: what it asks, its parameters and source hash, its committed copy."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import Any
 
 from ltseg_core.config import UserError
 
+PACKAGE = Path(__file__).resolve().parent
 ADDED_BY_PAPERMILL = {"injected-parameters", "papermill-error-cell-tag"}
 
 
@@ -117,21 +118,11 @@ def text_differs(nb: Mapping[str, Any]) -> str | None:
     return next(filter(None, notices), None)
 
 
-def to_html(nb: Any, path: Path) -> str:
-    """The notebook as one self-contained page. Only formulas need the network (MathJax); without it they
-    show as TeX."""
-    from jinja2 import DictLoader
-    from nbconvert import HTMLExporter
-
-    page = """{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}
-{% block html_head_js_mermaidjs %}{% endblock %}
-{% block html_head_js_mathjax %}{% if resources.formulas %}{{ super() }}{% endif %}{% endblock %}"""
-    exporter = HTMLExporter(extra_loaders=[DictLoader({"page.html.j2": page})], template_file="page.html.j2")
-    exporter.embed_images = True
-    markdown = "".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
-    formulas = bool(re.search(r"\$[^$]+\$|\\[(\[]", markdown))
-    about = {"metadata": {"name": path.stem, "path": str(path.parent)}, "formulas": formulas}
-    return exporter.from_notebook_node(nb, resources=about)[0]
+def package_hash(package: Path = PACKAGE) -> str:
+    """SHA-256 of all files of a package."""
+    files = [p for p in sorted(package.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+    hashes = [(p.relative_to(package).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

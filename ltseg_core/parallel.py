@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from ltseg_core import results, stats
+from ltseg_core import config, results
 
 
 def take_cores(folder: Path, count: int) -> ExitStack:
@@ -23,7 +23,7 @@ def take_cores(folder: Path, count: int) -> ExitStack:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".cores.lock"):  # one collects at a time: two halves would wait for each other
             while True:
-                for core in range(stats.cores()):
+                for core in range(config.cores()):
                     with suppress(Timeout):
                         held.enter_context(FileLock(folder / f".core{core}.lock", timeout=0))
                         count -= 1

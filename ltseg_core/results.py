@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -18,11 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ltseg_core import metrics, stats
-from ltseg_core.config import Experiment, UserError
+from ltseg_core.config import Experiment, UserError, data_root
 from ltseg_core.methods import build_method
 from ltseg_core.models import build_model
+from ltseg_core.notebook import package_hash
 
+Remembered = TypeVar("Remembered", pd.DataFrame, dict[Any, np.ndarray])
 FORMAT = 1  # of the run directory; raised when a reader of older runs would be wrong
+FILES = (
+    "classes.csv", "confusion.npz", "environment.json", "experiment.json", "history.parquet", "metrics.parquet",
+    "model.safetensors",
+)  # fmt: skip
 
 
 def runs_folder(runs: str | os.PathLike[str] | None = None) -> Path:
@@ -66,11 +77,19 @@ class Run:
         return self._classes[0]
 
     def confusion(self, split: str) -> np.ndarray:
-        """Confusion counts per image, (N, C, C) int32, rows: label, columns: prediction."""
-        with np.load(self.path / "confusion.npz", allow_pickle=False) as file:
-            if split not in file:
-                raise UserError(f"{self.path} has no confusion counts of split {split!r}, only {', '.join(file)}")
-            return file[split]
+        """Confusion counts per image, (N, C, C) int32, rows: label, columns: prediction.
+
+        Raises UserError for a split without counts, and if their file is damaged.
+        """
+        path = self.path / "confusion.npz"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names, counts = list(file), file.get(split)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise UserError(f"{path} is damaged ({error}): delete {self.path} and run again") from None
+        if counts is None:
+            raise UserError(f"{self.path} has no confusion counts of split {split!r}, only {', '.join(names)}")
+        return counts
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained network's parameters and buffers. Raises UserError if their file is damaged."""
@@ -104,11 +123,36 @@ def find(experiment: Experiment, runs: str | os.PathLike[str] | None = None) -> 
     Raises UserError if its directory was written in another format or cannot be read.
     """
     path = runs_folder(runs) / experiment.key()
-    if not path.is_dir():
-        return None
+    return _read(path) if path.is_dir() else None
+
+
+def finished(runs: str | os.PathLike[str] | None = None) -> list[Run]:
+    """Every finished run in the runs folder, by key; none if there is no such folder.
+
+    What is no run directory, or not finished, is passed over. A directory that cannot be read as the run it is named
+    after, or lacks a file, is left out with a warning that says so.
+    """
+    folder, found = runs_folder(runs), []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not (re.fullmatch("[0-9a-f]{16}", path.name) and path.is_dir()):
+            continue
+        try:
+            run = _read(path)
+            if missing := [name for name in FILES if not (path / name).is_file()]:
+                raise UserError(f"{path} is damaged ({missing[0]} is missing): delete it and run again")
+            if path.name != (key := run.experiment.key()):
+                raise UserError(f"{path} holds the run {key}: give it that name, or delete it and run again")
+            found.append(run)
+        except UserError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    return found
+
+
+def _read(path: Path) -> Run:
+    """The run in a directory. Raises UserError as `find`."""
     try:
         stored = json.loads((path / "experiment.json").read_text())
-        version = stored["format"]
+        version, fields = stored["format"], stored["experiment"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): delete it and run again") from None
     if version != FORMAT:
@@ -116,7 +160,10 @@ def find(experiment: Experiment, runs: str | os.PathLike[str] | None = None) -> 
             f"{path} was written in run format {version}, this version reads format {FORMAT}: move it away or delete"
             " it, then run again"
         )
-    return Run(path, Experiment.from_dict(stored["experiment"]))
+    try:
+        return Run(path, Experiment.from_dict(fields))
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 @contextmanager
@@ -141,6 +188,43 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remembered(name: str, compute: Callable[[], Remembered]) -> Remembered:
+    """What `compute()` returns; called again after the same cells, it is read from a file.
+
+    compute() gives a table, or arrays under names that are texts, numbers or tuples of them. For what takes seconds
+    and follows from finished runs alone, so that figures can be drawn again at once. The file lies in the folder of
+    runs and may be deleted; its name is a hash of `name`, of every cell that this kernel ran so far, of the package,
+    and of the folders of runs and data. Outside IPython nothing is kept.
+    """
+    from IPython import get_ipython
+
+    if (shell := get_ipython()) is None:
+        return compute()
+    folder = runs_folder()
+    past = [name, shell.user_ns["In"], package_hash(), str(data_root().resolve()), str(folder.resolve())]
+    stem = folder / "remembered" / hashlib.sha256(json.dumps(past).encode()).hexdigest()[:32]
+    with (  # absent or damaged: computed again
+        suppress(OSError, ValueError, BadZipFile),
+        np.load(stem.with_suffix(".npz"), allow_pickle=False) as file,
+    ):
+        return cast(Remembered, {ast.literal_eval(key): array for key, array in file.items()})
+    with suppress(OSError, ValueError):
+        return cast(Remembered, pd.read_parquet(stem.with_suffix(".parquet")))
+    value = compute()
+    with writing(folder):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(value, pd.DataFrame):
+            write_atomically(stem.with_suffix(".parquet"), value.to_parquet)
+        else:
+            write_atomically(stem.with_suffix(".npz"), partial(_save_arrays, arrays=value))
+    return value
+
+
+def _save_arrays(path: Path, arrays: Mapping[Any, Any]) -> None:
+    with path.open("wb") as file:  # given a path, NumPy would add a suffix
+        np.savez_compressed(file, **{repr(key): array for key, array in arrays.items()})
 
 
 def publish(partial: Path, final: Path) -> None:

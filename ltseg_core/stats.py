@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ltseg_core.config import UserError, choose
+from ltseg_core.config import UserError, choose, cores
 from ltseg_core.data.base import SegmentationDataset
 
 GROUPS = ("head", "body", "tail")
@@ -165,11 +166,6 @@ def _per_image(dataset: SegmentationDataset, count: Callable[[int], Sequence[int
     return counts
 
 
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _components(label: np.ndarray) -> np.ndarray:
     """Number of 8-connected components of each value of an (H, W) uint8 map, (256,) int64.
 
@@ -257,32 +253,72 @@ def correlation(
     over all classes. Spearman takes mean ranks of ties, in each resample anew.
     Raises ValueError for different shapes, infinite values (log of a zero count) and fewer than three classes.
     """
-    from scipy.stats import rankdata
-
-    choose("kind of correlation", kind, ("pearson", "spearman"))
     points = [np.asarray(v, dtype=np.float64) for v in (y, x, less) if v is not None]
     if points[0].ndim != 1 or len({v.shape for v in points}) > 1:
         raise ValueError(f"all values must have one shape (C,), got {' and '.join(str(v.shape) for v in points)}")
     values = np.stack(points)  # (2 or 3, C), y first
-    if np.isinf(values).any():
-        raise ValueError(f"values must not be infinite, got {values[np.isinf(values)][0]} (log of a zero count?)")
     values = values[:, ~np.isnan(values).any(0)]
-    if (n := values.shape[1]) < 3:
+    samples = resampled_correlations(values[1:], values[:1], kind=kind, replicates=replicates, seed=seed)[..., 0]
+    samples = samples[:, 0] - samples[:, 1:].sum(1)
+    low, high = percentile_interval(samples[1:], confidence)
+    return (value, float(low), float(high)) if (value := float(samples[0])) == value else (np.nan, np.nan, np.nan)
+
+
+def resampled_correlations(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    kind: Literal["pearson", "spearman"] = "pearson",
+    replicates: int = 2000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Correlation over classes of each row of x (K, C) with each row of y (M, C): (1 + replicates, K, M) float64.
+
+    First that of the classes as they are, then those of resamples of the classes, the same ones for all rows, so that
+    differences and means of coefficients can be taken resample by resample. NaN where one of the two is constant.
+    Raises ValueError for NaN or infinite values and fewer than three classes.
+    """
+    choose("kind of correlation", kind, ("pearson", "spearman"))
+    if (n := x.shape[1]) < 3:
         raise ValueError(f"a correlation needs at least 3 classes with all values, got {n}")
+    for values in (x, y):
+        if not (finite := np.isfinite(values)).all():
+            raise ValueError(f"values must be finite, got {values[~finite][0]} (log of a zero count?)")
+    drawn = np.vstack([np.arange(n), np.random.default_rng(seed).integers(n, size=(replicates, n))])
+    places = n * np.arange(len(drawn))[:, None] + drawn
+    times = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
 
-    def coefficient(sample: np.ndarray) -> np.ndarray:  # (2 or 3, ..., n) -> (...)
+    def standardised(values: np.ndarray) -> np.ndarray:  # (n,) -> (1 + R, n): mean 0 and length 1 in each resample
+        constant = (values[drawn] == values[drawn[:, :1]]).all(1)
         if kind == "spearman":
-            sample = rankdata(sample, axis=-1)
-        constant = (sample == sample[..., :1]).all(-1).any(0)
-        centred = sample - sample.mean(-1, keepdims=True)
-        centred = centred / np.sqrt((centred**2).sum(-1, keepdims=True)).clip(np.finfo(float).tiny)
-        first, *other = (centred[0] * centred[1:]).sum(-1).clip(-1, 1)
-        return np.where(constant, np.nan, first - sum(other))
+            values = _mean_ranks(values, times)
+        centred = values - (times * values).sum(1, keepdims=True) / n
+        length = np.sqrt((times * centred**2).sum(1))
+        return centred / np.where(constant, np.nan, length)[:, None]
 
-    drawn = np.random.default_rng(seed).integers(n, size=(replicates, n))
-    value = float(coefficient(values))
-    low, high = percentile_interval(coefficient(values[:, drawn]), confidence)
-    return (value, float(low), float(high)) if value == value else (np.nan, np.nan, np.nan)
+    weighed = [times * standardised(row) for row in x]
+    columns = [[(w * own).sum(1) for w in weighed] for own in map(standardised, y)]  # M x K of (1 + R,)
+    return np.array(columns).transpose(2, 1, 0).clip(-1, 1)
+
+
+def _mean_ranks(values: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Ranks of values (n,) in samples that hold value i times[:, i] times, ties at their mean rank; (samples, n)."""
+    distinct, place = np.unique(values, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(len(distinct)))
+    size = np.add.reduceat(times[:, order], starts, axis=1)  # (samples, distinct)
+    return (size.cumsum(1) - (size - 1) / 2)[:, place]
+
+
+def difference_of_independent(
+    first: tuple[float, float, float], second: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """Difference of two independent estimates, each (value, low, high), with its interval of the same confidence.
+
+    The distances from value to limit are added in quadrature, side by side (Zou 2007), so skewed intervals stay skewed.
+    """
+    (a, a_low, a_high), (b, b_low, b_high) = first, second
+    return a - b, a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
 
 
 def percentile_interval(samples: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:

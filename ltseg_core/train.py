@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltseg_core import __version__, data, evaluate, metrics, parallel, results, stats
+from ltseg_core import __version__, config, data, evaluate, metrics, parallel, results, stats
 from ltseg_core.config import IGNORE_INDEX, Experiment, UserError, check_options, choose
 from ltseg_core.data.base import Resized, SegmentationDataset, Subset
 from ltseg_core.data.batches import (
@@ -130,9 +130,9 @@ def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **pla
     """
     wanted = () if _launched() else dict.fromkeys(experiments)
     missing = [e for e in wanted if results.find(e, place.get("runs")) is None]
-    jobs = min(len(missing), jobs or (1 if torch.cuda.is_available() else stats.cores()))
+    jobs = min(len(missing), jobs or (1 if torch.cuda.is_available() else config.cores()))
     if jobs > 1:
-        with parallel.pool(jobs, max(1, stats.cores() // jobs)) as pool:
+        with parallel.pool(jobs, max(1, config.cores() // jobs)) as pool:
             futures = [pool.submit(_fit_on_free_cores, e, place | {"progress": False}) for e in missing]
             bar = tqdm(total=len(futures), unit="run", disable=_quiet(place.get("progress", True)))
             for done in as_completed(futures):
@@ -153,7 +153,7 @@ def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **pla
 
 def _fit_on_free_cores(experiment: Experiment, place: dict[str, Any]) -> None:
     """`fit` on as many cores as it has threads; on a GPU one is enough to drive it."""
-    threads = 1 if torch.cuda.is_available() else min(torch.get_num_threads(), stats.cores())
+    threads = 1 if torch.cuda.is_available() else min(torch.get_num_threads(), config.cores())
     with parallel.take_cores(results.runs_folder(place.get("runs")), threads):
         fit(experiment, **place)
 

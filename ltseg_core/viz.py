@@ -21,6 +21,7 @@ import pandas as pd
 
 from ltseg_core.config import IGNORE_INDEX, UserError
 from ltseg_core.data.folders import distinct_colours
+from ltseg_core.metrics import error_map
 from ltseg_core.results import write_atomically
 from ltseg_core.stats import GROUPS, HEAD_SHARE, TAIL_SHARE, ClassCounts, groups
 
@@ -62,6 +63,9 @@ RC: dict[Any, Any] = {
 GROUP_COLOURS = {"head": "#2b3f77", "body": "#3a9d8f", "tail": "#f2a93b"}
 """Dark to light, so that the order reads in grey too."""
 GROUP_MARKERS = {"head": "o", "body": "s", "tail": "^"}
+ERROR_COLOURS = {"TP": "#0072b2", "FP": "#f2a93b", "FN": "#1a1a1a"}
+"""Of one class's pixels: found, wrongly called so, missed. They differ in grey too, also from the faded image."""
+ERROR_LABELS = {"TP": "{} found (TP)", "FP": "wrongly called {} (FP)", "FN": "{} missed (FN)"}
 
 METHOD_LABELS = {
     "ce": "cross-entropy",
@@ -94,12 +98,17 @@ METHOD_LABELS = {
     "vs": "vector scaling",
 }
 """Append only: the place of a method in this list is its colour, marker, line and hatch in every notebook."""
+KIND_LABELS = {"pearson": "raw counts", "pearson log": "log counts", "spearman": "ranks (Spearman)"}
 METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pixel_acc": "pixel Acc"}
 
 _HUES = ("#333333", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#9a7d5a")  # Okabe-Ito
 _MARKERS = "osD^vPXphd*<>8"
 _LINES = ((0, ()), (0, (5, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||")
+
+
+FREQUENCY_STYLES = {"pixels": (_HUES[2], "o"), "images": (_HUES[0], "D"), "components": (_HUES[1], "^")}
+"""Colour and marker of each way to count classes."""
 
 
 class MethodStyle(NamedTuple):
@@ -282,6 +291,84 @@ def plot_predictions(
     for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title)
     plot_label_legend(axes[0, 0].figure, palette, classes, [*labels, *chain(*predictions.values())])
+    return axes
+
+
+def error_colours(errors: np.ndarray) -> np.ndarray:
+    """A map of `metrics.error_map` (H, W) in ERROR_COLOURS, (H, W, 4) uint8 RGBA.
+
+    Transparent where nothing is said of the class, white where a pixel has no label (it counts nowhere).
+    """
+    table = np.full((256, 4), 255, dtype=np.uint8)
+    table[0] = 0
+    table[1 : 1 + len(ERROR_COLOURS), :3] = [[*bytes.fromhex(colour[1:])] for colour in ERROR_COLOURS.values()]
+    return table[errors]
+
+
+@_styled
+def plot_errors(
+    image: np.ndarray,
+    label: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    features: Mapping[str, tuple[str, np.ndarray]],
+    scores: pd.DataFrame,
+    palette: np.ndarray,
+    classes: Sequence[str],
+    class_id: int,
+    *,
+    title: str = "image",
+    over: str = "all images",
+) -> np.ndarray:
+    """One image and one class: image, ground truth and the class's scores, then a row per method.
+
+    A row holds the prediction, where it is right and wrong about the class (over the faded image), and features.
+    image: (h, w, 3) uint8 of the label's aspect;  label, predictions[method]: (H, W) uint8
+    features[method]: a title and a picture (H, W, 3) uint8
+    scores: method, metric ("iou", "acc", ...), value, low, high (fractions), see `plot_means`;  over: of what
+    title: of the image. Returns the axes, (1 + methods, 3).
+    """
+    from matplotlib.patches import Patch
+
+    _columns(scores, "method", "metric", "value", "low", "high")
+    name, (height, width) = _short(classes[class_id]), label.shape
+    row = min(2.7 * height / width, 3.2) + 0.25
+    figure, axes = subplots(1 + len(predictions), 3, height=row * (1 + len(predictions)) + 0.8)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04, wspace=0.01, hspace=0.02)
+
+    def show(ax: Axes, picture: np.ndarray, text: str, **look: Any) -> None:
+        ax.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", **look)
+        ax.set(xticks=[], yticks=[], title=text)
+        ax.spines[:].set_visible(False)
+
+    show(axes[0, 0], image, title)
+    show(axes[0, 1], colourise(label, palette), "ground truth")
+    metrics = pd.Index(dict.fromkeys(scores["metric"]))
+    _dodged_dots(axes[0, 2], scores.set_index("metric"), metrics)
+    axes[0, 2].set_xticks(range(len(metrics)), [METRIC_LABELS.get(m, m) for m in metrics])
+    top = max(np.nanmax(scores[["value", "high"]].to_numpy(), initial=0), 0.01)
+    axes[0, 2].set(ylabel=f"{name}, {over} (%)", xlim=(-0.5, len(metrics) - 0.5), ylim=(-0.03 * top, 1.03 * top))
+    axes[0, 2].yaxis.tick_right()  # at the edge of the figure it takes no room from the pictures
+    axes[0, 2].yaxis.set_label_position("right")
+    axes[0, 2].spines[:].set_visible(False)
+    lines = 1 if sum(len(method_style(method).label) for method in predictions) <= 40 else len(predictions)
+    axes[0, 2].set_title("\n" * (lines - 1) + " ", fontsize=9)  # room for the legend, which may be wider than its panel
+    above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "handletextpad": 0.2}
+    axes[0, 2].legend(ncols=len(predictions) // lines, columnspacing=1, **above).set_in_layout(False)
+    for line, (method, predicted) in zip(axes[1:], predictions.items(), strict=True):
+        show(line[0], colourise(predicted, palette), "prediction")
+        line[0].set_ylabel(method_style(method).label, fontsize=10)
+        errors = error_map(label, predicted, class_id)
+        counted = np.bincount(errors.ravel(), minlength=4)[1:4]
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in zip(ERROR_COLOURS, counted, strict=True))
+        show(line[1], 0.8 + 0.12 * image.mean(-1) / 255, "", cmap="gray", vmin=0, vmax=1)
+        show(line[1], error_colours(errors), f"{kinds} px")
+        text, picture = features[method]
+        show(line[2], picture, text)
+    handles = [Patch(facecolor=ERROR_COLOURS[kind], label=text.format(name)) for kind, text in ERROR_LABELS.items()]
+    axes[-1, 1].set_xlabel(" ", labelpad=9)  # room for this one
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "handlelength": 1.2}
+    axes[-1, 1].legend(handles=handles, ncols=3, columnspacing=1.2, **below).set_in_layout(False)
+    plot_label_legend(figure, palette, classes, [label, *predictions.values()])
     return axes
 
 
@@ -667,6 +754,91 @@ def plot_sweep(table: pd.DataFrame, parameter: str, axes: np.ndarray | None = No
         ax.yaxis.set_major_formatter(_percent)
         ax.set(xlabel=parameter, ylabel=f"{' '.join(METRIC_LABELS.get(w, w) for w in metric.split())} (%)")
         ax.grid()
+    return axes
+
+
+@_styled
+def plot_against_frequency(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    frequency: str = "pixels",
+    score: str = "acc",
+    log: bool = False,
+    title: str = "",
+) -> Axes:
+    """Score of each class over its share of all pixels, images, ...: what a correlation coefficient sums up.
+
+    table: class, group, columns named as `frequency` (counts) and `score` (fractions). The largest class is named.
+    """
+    _columns(table, "class", "group", frequency, score)
+    ax = subplots()[1][0, 0] if ax is None else ax
+    share = (table[frequency] / table[frequency].sum()).to_numpy()
+    for name in GROUPS:
+        mine = (table["group"] == name).to_numpy()
+        look: dict[str, Any] = {"color": GROUP_COLOURS[name], "marker": GROUP_MARKERS[name]}
+        ax.scatter(share[mine], table[score][mine], s=14, linewidth=0, label=name, **look)
+    k = int(share.argmax())
+    below: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 7}
+    ax.annotate(_short(table["class"].iloc[k]), (share[k], table[score].iloc[k]), (3, -4), **below)
+    if log:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(_percent)
+    ax.yaxis.set_major_formatter(_percent)
+    ax.set(xlabel=f"share of {frequency} (%)", ylabel=f"{METRIC_LABELS.get(score, score)} (%)", title=title)
+    ax.grid()
+    return ax
+
+
+@_styled
+def plot_correlations(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
+    """Correlation with class frequency as dots with intervals: a panel per data set and kind, a row per score.
+
+    table: data and the columns of `analysis.frequency_correlations`. A dot is full where its interval leaves out 0,
+    hollow where it does not (or there is none). Returns the axes, (data sets, kinds).
+    """
+    _columns(table, "data", "score", "kind", "frequency", "value", "low", "high")
+    kinds, ways = (list(dict.fromkeys(table[c])) for c in ("kind", "frequency"))
+    rows = {name: list(dict.fromkeys(own["score"])) for name, own in table.groupby("data", sort=False)}
+    if axes is None:
+        lengths = [len(scores) for scores in rows.values()]
+        height = 0.6 + 0.5 * len(rows) + (0.1 + 0.05 * len(ways)) * sum(lengths)
+        axes = subplots(len(rows), len(kinds), height=height)[1]
+        axes[0, 0].get_gridspec().set_height_ratios(lengths)
+    axes = np.asarray(axes).reshape(len(rows), len(kinds))
+    for ax, ((name, scores), kind) in zip(axes.flat, product(rows.items(), kinds), strict=True):
+        y = np.arange(len(scores))
+        ax.axvline(0, color="0.15", linewidth=0.8)
+        for i, way in enumerate(ways):
+            own = table[(table["data"] == name) & (table["kind"] == kind) & (table["frequency"] == way)]
+            own = own.set_index("score").reindex(scores)
+            colour, marker = FREQUENCY_STYLES[way.split(" - ")[0]]
+            at = y + 0.6 * ((i + 0.5) / len(ways) - 0.5)
+            ax.hlines(at, own["low"], own["high"], color=colour, linewidth=1.2)
+            faces = [colour if sure else "white" for sure in (own["low"] > 0) | (own["high"] < 0)]
+            dots: dict[str, Any] = {"marker": marker, "edgecolor": colour, "linewidth": 0.9, "zorder": 3}
+            ax.scatter(own["value"], at, s=20, c=faces, **dots)
+        ax.set(yticks=[], ylim=(len(y) - 0.5, -0.5), title=KIND_LABELS.get(kind, kind))
+        ax.grid(axis="x")
+    for line, (name, scores) in zip(axes, rows.items(), strict=True):
+        line[0].set_yticks(range(len(scores)), scores)
+        line[0].set_ylabel(name)
+        limits = [ax.get_xlim() for ax in line]
+        for ax in line:
+            ax.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+    axes[0, 0].figure.align_ylabels(axes[:, 0])
+    axes[-1, len(kinds) // 2].set_xlabel("difference of correlations" if " - " in ways[0] else "correlation")
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for way in ways:
+        colour, marker = FREQUENCY_STYLES[way.split(" - ")[0]]
+        handles.append(Line2D([], [], color=colour, marker=marker, linewidth=1.2, label=way))
+    axes[0, 0].figure.legend(handles=handles, loc="outside lower center", ncols=len(ways))
     return axes
 
 

@@ -51,6 +51,27 @@ def test_methods_in_order_of_seed(runs):
     assert [[r.experiment.seed for r in group] for group in table.values()] == [[0, 1, 2]] * 2
 
 
+def test_class_scores_are_those_of_all_classes_and_fp_per_tp_beside_them(runs):
+    table = analysis.class_scores(runs, 1, replicates=50)
+    assert table["seeds"].eq(3).all()
+    everything = analysis.per_class(runs, replicates=50).query("class_id == 1")
+    columns = ["method", "metric", "value", "low", "high"]
+    shared = table[table["metric"].isin(["iou", "acc"])]
+    pd.testing.assert_frame_equal(shared[columns].reset_index(drop=True), everything[columns].reset_index(drop=True))
+    totals = analysis.counts_of(analysis.by_method(runs)["ce"]).sum(1)
+    of = table.set_index(["method", "metric"])["value"]
+    assert of["ce", "precision"] == pytest.approx(np.mean(metrics.precision(totals)[:, 1]))
+    assert of["ce", "fp_per_tp"] == pytest.approx(np.mean((totals[:, :, 1].sum(1) / totals[:, 1, 1]) - 1))
+
+
+def test_a_class_that_is_never_found_has_no_fp_per_tp(make_run):
+    counts = confusions(0)
+    counts[:, :, 2] = 0
+    of = analysis.class_scores([make_run(counts)], 2, replicates=20).set_index("metric")["value"]
+    assert (of["iou"], of["acc"]) == (0, 0)
+    assert np.isnan(of[["precision", "fp_per_tp"]]).all()
+
+
 def test_means_are_the_mean_over_seeds_of_the_metric(runs):
     table = analysis.means(runs, replicates=50).set_index(["method", "metric"])
     counts = analysis.counts_of(analysis.by_method(runs)["ce"])
@@ -136,6 +157,15 @@ def test_correlation_with_frequency():
         assert value[kind, "images - pixels"] == pytest.approx(reference("images") - reference("pixels"), abs=1e-9)
     assert value["pearson log", "pixels"] == pytest.approx(1)
     assert set(table["classes"]) == {18}
+
+    other = rng.normal(size=20)
+    both = analysis.frequency_correlations(frequency, {"mean": np.stack([acc, other]), "other": other}, replicates=50)
+    mean, second = (both[both["score"] == s].set_index(["kind", "frequency"])["value"] for s in ("mean", "other"))
+    pd.testing.assert_series_equal(mean, (value + second) / 2)
+    limits = table.set_index(["kind", "frequency"]).loc[("pearson", "images - pixels"), ["low", "high"]]
+    x = {c: frequency[c].to_numpy()[used] for c in frequency}
+    expected = stats.correlation(x["images"], acc[used], less=x["pixels"], replicates=50)
+    np.testing.assert_allclose(limits.to_numpy(dtype=float), expected[1:], atol=1e-12)
 
 
 def test_public_results(tmp_path, real_data):
@@ -280,6 +310,35 @@ def test_judged_claims(runs, make_run):
         analysis.judge(runs, {"BLV-99": [better]})
     with pytest.raises(UserError, match="unknown metric 'mio': did you mean 'miou'"):
         analysis.judge(runs, {"BLV-01": [better._replace(metric="mio")]})
+
+
+def test_claims_board():
+    def table(**verdicts):
+        rows = [(c.replace("_", "-"), *v.split(": ")[::-1], "scenes") for c, v in verdicts.items()]
+        return pd.DataFrame(rows, columns=["claim", "found", "verdict", "data"])
+
+    tables = {
+        "02_claims": table(
+            RR_05="supported: falls", RR_06="open: -", BLV_01="supported: up", MED_02="open: see notebook 04"
+        ),
+        "04_claims": table(MED_02="contradicted: weaker"),
+        "05_claims": table(
+            RR_05="open: one seed", RR_06="open: -", BLV_01="contradicted: down", PAT_18="open: see notebook 14"
+        ),
+    }
+    board = analysis.claims_board(tables)
+    assert board.index.tolist() == analysis.claims().index.tolist()
+    found = "02 (scenes): falls; 05 (scenes): one seed"
+    assert board.loc["RR-05", ["verdict", "found"]].tolist() == ["supported", found]
+    assert board.loc["RR-05", ["notebooks", "data"]].tolist() == ["02, 05", "scenes"]
+    assert board.loc[["RR-06", "BLV-01"], "verdict"].tolist() == ["open", "open"], "nobody knows; they disagree"
+    assert board.loc["MED-02", ["verdict", "found"]].tolist() == ["contradicted", "04 (scenes): weaker"]
+    assert board.loc["PAT-18", ["verdict", "found"]].tolist() == ["open", "05 (scenes): see notebook 14"]
+    assert board.loc["RR-01", ["verdict", "notebooks"]].tolist() == ["open", ""]
+    assert "was run" in board.loc["RR-01", "found"]
+    with pytest.raises(UserError, match="RR-99"):
+        analysis.claims_board(tables | {"06_claims": table(RR_99="open: -")})
+    assert (analysis.claims_board({})["verdict"] == "open").all()
 
 
 def test_published_tables_are_carried_whole():

@@ -69,6 +69,7 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
         (["stats", "scenes", "-p", "name=ccp"], "'name' is no data option"),
         (["stats", "scenes", "-p", "root=."], "'root' is no data option"),
         (["stats", "scenes", "-p", "imagez=30"], "did you mean 'images'"),
+        (["report", "--out", "nowhere"], "nowhere/notebooks: run `ltseg run --out"),
         (["run", "99"], "99"),
         (["run", "--profile", "quik"], "did you mean 'quick'"),
     ],

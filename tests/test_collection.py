@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,10 +13,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ltseg_core import collection
+from ltseg_core import collection, config
 from ltseg_core.collection import notebooks, select
 from ltseg_core.config import UserError
-from ltseg_core.notebook import check_published, publish, source_hash
+from ltseg_core.notebook import check_published, package_hash, publish, source_hash
 from ltseg_core.notebook import write as write_text
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,7 +43,7 @@ def folder(tmp_path):
 @pytest.fixture
 def run(tmp_path, folder, monkeypatch):
     """`collection.run` on the temporary folders: {name: result}. Editing the package while tests run is no change."""
-    monkeypatch.setattr(collection, "_code", lambda package: "")
+    monkeypatch.setattr(collection, "package_hash", lambda: "")
 
     def run(*names, **options):
         places = {"folder": folder, "out": tmp_path / "out", "runs": tmp_path / "runs", "show": False}
@@ -177,11 +176,6 @@ def test_run_refuses_wrong_options(folder, run, options, message):
         run(**options)
 
 
-def test_report_needs_executed_notebooks(tmp_path):
-    with pytest.raises(UserError, match="no executed notebooks"):
-        collection.report(tmp_path)
-
-
 def test_an_output_folder_that_cannot_be_written_is_refused(folder, run, tmp_path):
     write(folder, "01_a")
     (tmp_path / "file").touch()
@@ -208,18 +202,18 @@ def test_the_hash_covers_sources_and_tags_but_not_outputs_or_injected_cells(fold
 
 def test_the_hash_of_the_package_sees_every_change(tmp_path):
     (tmp_path / "a.py").write_text("1")
-    hashes = [collection._code(tmp_path)]
+    hashes = [package_hash(tmp_path)]
     for change in (
         lambda: (tmp_path / "a.py").write_text("2"),
         lambda: (tmp_path / "a.py").rename(tmp_path / "b.py"),
         lambda: (tmp_path / "table.csv").touch(),
     ):
         change()
-        hashes.append(collection._code(tmp_path))
+        hashes.append(package_hash(tmp_path))
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__/a.pyc").touch()
     assert len(set(hashes)) == 4
-    assert collection._code(tmp_path) == hashes[-1]
+    assert package_hash(tmp_path) == hashes[-1]
 
 
 def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
@@ -234,7 +228,7 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
 
 
 def test_importing_the_module_is_cheap():
-    heavy = "torch papermill nbformat nbconvert distributed dask pandas IPython"
+    heavy = "torch papermill nbformat sphinx distributed dask pandas IPython"
     code = f"import sys, ltseg_core.collection; print([m for m in '{heavy}'.split() if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
@@ -269,25 +263,14 @@ def test_collection_runs_once_and_again_only_what_changed(folder, run, tmp_path)
     first = run(**options)
     assert set(states(first).values()) == {"finished"}
     nb = nbformat.read(first["01_first"].executed, as_version=4)
-    threads = str(max(1, collection._cores() // 2))
+    threads = str(max(1, config.cores() // 2))
     expected = ["smoke", [7], sys.executable, str(folder), *[threads] * 3, str(tmp_path / "runs")]
     assert json.loads(nb.cells[-1].outputs[0].text) == expected
-    page = (tmp_path / "out/html/01_first.html").read_text()
-    assert "What does 01_first ask?" in page
-    assert not re.search(r"""(src|href)=["'](https?:)?//|import\(["']http""", page)
-    index = (tmp_path / "out/index.html").read_text()
-    assert all(f'href="html/{name}.html"' in index for name in first)
     text = collection.summary(list(first.values()), tmp_path / "out")
     assert text.startswith("3 notebooks: 3 finished")
     assert str(tmp_path / "out/figures") in text
     assert not list((tmp_path / "out").rglob(".*.ipynb*"))
     assert not list((tmp_path / "out/partial").iterdir())
-
-    (tmp_path / "out/html/01_first.html").unlink()
-    (tmp_path / "out/index.html").unlink()
-    collection.report(tmp_path / "out")
-    assert (tmp_path / "out/html/01_first.html").read_text() == page
-    assert (tmp_path / "out/index.html").read_text() == index
 
     begin = time.monotonic()
     assert set(states(run(**options)).values()) == {"up to date"}
@@ -382,7 +365,7 @@ def test_stopping_the_runner_stops_its_kernels_and_loses_nothing(folder, run, tm
     sleep = f"import time\nif not os.path.exists({str(tmp_path / 'awake')!r}): time.sleep(60)"
     write(folder, "02_sleeps", f"import os; open({str(pid)!r}, 'w').write(str(os.getpid()))", sleep, needs=["01_quick"])
     places = f"folder={str(folder)!r}, out={str(tmp_path / 'out')!r}, runs={str(tmp_path / 'runs')!r}"
-    code = f"from ltseg_core import collection; collection._code = lambda p: ''; collection.run({places})"
+    code = f"from ltseg_core import collection; collection.package_hash = lambda: ''; collection.run({places})"
     runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: pid.exists() and pid.read_text())
@@ -423,7 +406,7 @@ def test_a_dask_cluster_runs_the_same_notebooks(folder, run):
         results = run(scheduler=cluster.scheduler_address)
     assert states(results) == {"01_a": "finished", "02_bad": "failed"}
     nb = nbformat.read(results["01_a"].executed, as_version=4)
-    assert nb.cells[-1].outputs[0].text.strip() == str(collection._cores())
+    assert nb.cells[-1].outputs[0].text.strip() == str(config.cores())
     assert results["02_bad"].error == "cell 3: ZeroDivisionError: division by zero"
 
 

@@ -33,9 +33,18 @@ from data_prep import __main__ as cli
 from data_prep import download as download_module
 from data_prep.camvid import CAMVID
 from data_prep.ccp import CCP
-from data_prep.class_stats import CLASS_STATS, class_names
+from data_prep.class_stats import CLASS_STATS, NAMES, STATS, class_names
 from data_prep.download import blob_id, download, tree_id, write_atomically
 from data_prep.install import ImageSet, TableSet, check_images, check_tables, prepare_images, prepare_tables
+from data_prep.public_results import (
+    ADE20K_STATS,
+    CITYSCAPES_STATS,
+    COMMITS,
+    OBJECT_INFO,
+    address,
+    read_log,
+    read_logs,
+)
 from ltseg_core.config import UserError
 
 URL_PATH = f"/{CAMVID.repository}/tar.gz/{CAMVID.commit}"
@@ -537,15 +546,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def tables(server) -> TableSet:
     """A class_stats whose source files and counts are made up: 3, 2, 2 and 2 classes."""
     lists = {"ade": "('wall', 'bed ', 'screen, flat')", "cityscapes": "('road', 'car')", "coco_stuff": "['cat', 'tv']"}
-    files = {f"GPaCo/Seg/mmseg/datasets/{n}.py": f"class D:\n    CLASSES = {v}\n".encode() for n, v in lists.items()}
+    files = {f"{NAMES}/{n}.py": f"class D:\n    CLASSES = {v}\n".encode() for n, v in lists.items()}
     for dataset, classes in (("ade20k", 3), ("cityscapes", 2), ("cocostuff10k", 2), ("cocostuff164k", 2)):
         pixels = [10**10 + k for k in range(classes)]
         if dataset == "cocostuff10k":
             pixels = [999, *pixels]  # unlabeled
         for kind, counts in (("pix", pixels), ("image", range(1, classes + 1))):
-            files[f"GPaCo/Seg/stats/{dataset}_{kind}_label_stats.txt"] = b"".join(b"%d\n" % c for c in counts)
+            files[f"{STATS}/{dataset}_{kind}_label_stats.txt"] = b"".join(b"%d\n" % c for c in counts)
     for path, content in files.items():
-        server.files[f"/{CLASS_STATS.repository}/{CLASS_STATS.commit}/{path}"] = content
+        server.files[f"/{path}"] = content
     counts_only = {
         name: hashlib.sha256("\n".join(f"{k},{10**10 + k},{k + 1}" for k in range(classes)).encode()).hexdigest()
         for name, classes in (
@@ -576,7 +585,7 @@ def test_tables_complete_and_second_run_does_nothing(server, tables, tmp_path):
 
 def test_tables_with_a_changed_source_or_a_changed_result(server, tables, tmp_path):
     path = next(path for path in tables.blobs if "cityscapes_pix" in path)
-    url_path = f"/{tables.repository}/{tables.commit}/{path}"
+    url_path = f"/{path}"
     original, server.files[url_path] = server.files[url_path], b"1\n2\n"
     with pytest.raises(UserError, match=r"cityscapes_pix.* checksum differs: git blob id .* was deleted"):
         prepare_tables(tables, tmp_path, base_url=server.url)
@@ -590,7 +599,7 @@ def test_tables_with_a_changed_source_or_a_changed_result(server, tables, tmp_pa
 
     table = tmp_path / "class_stats" / "cityscapes.csv"
     table.write_text(table.read_text().replace("10000000001", "10000000002"))
-    with pytest.raises(UserError, match=r"cityscapes.csv: checksum differs: SHA-256 of its counts.*Move"):
+    with pytest.raises(UserError, match=r"cityscapes.csv: checksum differs: SHA-256 of its values.*Move"):
         prepare_tables(tables, tmp_path, base_url=server.url)
     table.write_text("index,pixels\n1,2\n")
     with pytest.raises(UserError, match="not a table with the columns class_index, train_pixels"):
@@ -604,6 +613,154 @@ def test_class_names_are_read_without_running_the_file():
     assert class_names(b"raise SystemExit\nclass D:\n    CLASSES = ('a', 'b ')\n") == ["a", "b"]
     with pytest.raises(UserError, match="no CLASSES"):
         class_names(b"NAMES = ('a',)")
+
+
+# ------------------------------------------------------------------------------------------- public results
+
+
+def evaluation_log(scores: list[tuple[str, float, float]], **summary: float) -> bytes:
+    """A log as mmsegmentation prints it: class, IoU, Acc in percent, then a table of means."""
+    rule = "+-----+-----+-----+"
+    head = ["2021 - mmseg - INFO - Loaded 2000 images", "ETA: 0sper class results:", "", rule, "|  Class | IoU | Acc |"]
+    rows = [f"|  {name}  | {iou} | {acc} |" for name, iou, acc in scores]
+    means = ["Summary:", "", *(f"| {' | '.join(map(str, values))} |" for values in zip(*summary.items(), strict=True))]
+    return "\n".join([*head, rule, *rows, rule, *means, rule, ""]).encode()
+
+
+def training_log(scores: list[tuple[str, float, float]], **summary: float) -> bytes:
+    """A log of two evaluations, the last with `scores`, as JSON lines; percent here, fractions there."""
+    records: list[dict[str, object]] = [{"env_info": "x", "seed": None, "exp_name": "config.py"}]
+    for factor in (50, 100):
+        records.append({"mode": "train", "iter": 50, "lr": 0.01, "loss": 1.5})
+        records.append({"mode": "val", "iter": 500, "lr": 1e-4} | {k: v / 100 for k, v in summary.items()})
+        for kind, column in (("IoU", 1), ("Acc", 2)):
+            records[-1] |= {f"{kind}.{row[0]} ": round(row[column] / factor, 4) for row in scores}
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+SCORES = [("wall", 70.35, 86.5), ("bed", 57.0, 60.0), ("traffic light", 0.0, 0.25)]
+MEANS = {"aAcc": 77.5, "mIoU": 42.45, "mAcc": 48.92}
+LOGS = [("a.log", evaluation_log), ("a.json", training_log)]
+
+
+@pytest.mark.parametrize(("source", "log"), LOGS)
+def test_a_log_gives_the_last_table_and_its_means_in_percent(source, log):
+    scores, rows = read_log(source, log(SCORES, **MEANS), 3)
+    assert rows == [["wall", "70.35", "86.5"], ["bed", "57.0", "60.0"], ["traffic light", "0.0", "0.25"]]
+    assert {name: scores[name] for name in MEANS} == {"aAcc": "77.5", "mIoU": "42.45", "mAcc": "48.92"}
+
+
+@pytest.mark.parametrize(("source", "log"), LOGS)
+def test_a_log_is_refused(source, log):
+    whole = log(SCORES, **MEANS)
+    for content in (b"", b"no table\n", b'{"mode": "train"}\n', b"3\n3\n", b"\xff", whole[: len(whole) * 7 // 8]):
+        with pytest.raises(UserError, match=f"{source} has no complete table"):
+            read_log(source, content, 3)
+    with pytest.raises(UserError, match="no complete table"):
+        read_log(source, log(SCORES, aAcc=77.5), 3)
+    with pytest.raises(UserError, match="results of 3 classes, expected 150"):
+        read_log(source, whole, 150)
+    for name in ("mIoU", "mAcc"):
+        for wrong in (MEANS[name] + 0.02, MEANS[name] - 0.02, float("nan")):
+            with pytest.raises(UserError, match=f"states {name} .*, but the mean over its classes is {MEANS[name]}"):
+                read_log(source, log(SCORES, **MEANS | {name: wrong}), 3)
+
+
+@pytest.fixture(params=[ADE20K_STATS, CITYSCAPES_STATS], ids=lambda spec: spec.name)
+def results(request, server) -> TableSet:
+    """Public results whose logs are made up: class k of log number n has IoU k/10 and Acc n (percent)."""
+    spec = request.param
+    classes = 150 if spec is ADE20K_STATS else 19
+    files = {}
+    for number, path in enumerate(spec.blobs):
+        log = training_log if path.endswith(".json") else evaluation_log
+        mean = round((classes - 1) / 20, 2)
+        files[path] = log([(f"c{k}", k / 10, float(number)) for k in range(classes)], aAcc=9.0, mIoU=mean, mAcc=number)
+    if spec is ADE20K_STATS:
+        lines = [f"{k},0.0{k:03},{2 * k},{k},1,c{k};synonym" for k in range(1, classes + 1)]
+        files[address(OBJECT_INFO)] = "\n".join(["Idx,Ratio,Train,Val,Stuff,Name", *lines]).encode()
+    server.files |= {f"/{path}": content for path, content in files.items()}
+    digests = {}
+    for name, content in spec.build(files).items():
+        rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
+        lines = [",".join(row[column] for column in spec.columns[name]) for row in rows]
+        digests[name] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return dataclasses.replace(spec, blobs={p: blob_id(content) for p, content in files.items()}, sha256=digests)
+
+
+def test_public_results_complete_and_second_run_does_nothing(server, results, tmp_path):
+    assert f"installed: {len(results.sha256)} tables" in prepare_tables(results, tmp_path, base_url=server.url)
+    folder, logs = tmp_path / results.name, read_logs(results.name)
+    assert {path.name for path in folder.iterdir()} == {*results.columns, "README.md"}
+    assert [path.name for path in tmp_path.iterdir()] == [results.name]
+    tables = {}
+    for name in results.columns:
+        with (folder / name).open(newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+    rows, summary, first = tables["per_class_results.csv"], tables["summary.csv"], int(results.name == "ade20k_stats")
+    classes = len(rows) // len(logs)
+    assert classes == (150 if first else 19)
+    numbers = [[*results.blobs].index(address(log["source"])) for log in logs]
+    for place, (log, number) in enumerate(zip(logs, numbers, strict=True)):
+        kind = {key: log[key] for key in ("model", "method", "protocol", "source")}
+        for k, row in enumerate(rows[place * classes : (place + 1) * classes]):
+            values = {"class_idx": f"{k + first}", "class_name": f"c{k}", "iou": f"{k / 10}", "acc": f"{number}.0"}
+            assert row == kind | values
+        assert (summary[place]["model"], summary[place]["method"]) == (log["model"], log["method"])
+        assert (summary[place]["aacc"], float(summary[place]["macc"])) == ("9.0", number)
+        assert summary[place]["file"] == log["source"].partition(":")[2]
+    if first:
+        info = {"idx": "7", "name": "c7;synonym", "pixel_ratio": "0.0007", "train_images": "14", "val_images": "7"}
+        assert tables["objectinfo150.csv"][6] == info
+        assert summary[0]["protocol"] == "single-scale"
+        assert summary[0]["head_iou"] == ""  # not in these logs
+    else:
+        assert {row["config"] for row in summary} == {"config.py"}
+    requests = len(server.log)
+    assert "already complete" in prepare_tables(results, tmp_path, base_url=server.url)
+    assert len(server.log) == requests == len(results.blobs)
+
+
+def test_public_results_whose_log_is_truncated_or_differs(server, results, tmp_path):
+    path = address(read_logs(results.name)[3]["source"])
+    whole = server.files[f"/{path}"]
+    for content in (whole[:-300], b"", training_log(SCORES, **MEANS)):
+        server.files[f"/{path}"] = content
+        with pytest.raises(UserError, match=r"checksum differs: git blob id .* deleted and nothing was installed"):
+            prepare_tables(results, tmp_path, base_url=server.url)
+        assert not (tmp_path / results.name).exists()
+    server.files[f"/{path}"] = whole
+    requests = len(server.log)
+    prepare_tables(results, tmp_path, base_url=server.url)
+    assert server.log[requests][0] == f"/{path}"  # those already there are not fetched again
+    assert len({asked for asked, _, _ in server.log}) == len(results.blobs)
+
+
+@pytest.mark.parametrize(
+    ("replacement", "match"),
+    [
+        (training_log(SCORES, **MEANS), "has results of 3 classes, expected 1"),
+        (None, "per_class_results.csv: checksum differs: .*Nothing was installed"),
+    ],
+)
+def test_public_results_with_a_log_of_other_counts(server, results, tmp_path, replacement, match):
+    """A log that the specification names, but that is not the one its results were computed from."""
+    other, path = (address(log["source"]) for log in read_logs(results.name)[-2:])
+    server.files[f"/{path}"] = content = replacement or server.files[f"/{other}"]
+    changed = dataclasses.replace(results, blobs=results.blobs | {path: blob_id(content)})
+    with pytest.raises(UserError, match=match):
+        prepare_tables(changed, tmp_path, base_url=server.url)
+    assert not (tmp_path / results.name).exists()
+
+
+@pytest.mark.parametrize(("spec", "tables"), [(ADE20K_STATS, 24), (CITYSCAPES_STATS, 45)])
+def test_committed_lists_of_logs(spec: TableSet, tables: int):
+    logs = read_logs(spec.name)
+    assert len({(log["model"], log["method"], log["protocol"]) for log in logs}) == len(logs) == tables
+    assert {log["source"].partition(":")[0] for log in logs} <= COMMITS.keys()
+    assert len({log["blob"] for log in logs}) == tables
+    assert spec.columns.keys() == spec.sha256.keys()
+    assert f"{tables} tables" in spec.readme
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -701,5 +858,6 @@ def test_real_images_where_present(spec: ImageSet, real_data: Path):
     check_images(spec, real_data / spec.name)
 
 
-def test_real_class_statistics_where_present(real_data: Path):
-    check_tables(CLASS_STATS, real_data / "class_stats")
+@pytest.mark.parametrize("spec", [CLASS_STATS, ADE20K_STATS, CITYSCAPES_STATS], ids=lambda spec: spec.name)
+def test_real_tables_where_present(spec: TableSet, real_data: Path):
+    check_tables(spec, real_data / spec.name)

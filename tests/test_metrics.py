@@ -267,6 +267,34 @@ def test_iou_from_accuracy_and_false_positives_per_true_one(seed):
         assert step / 2e-6 == pytest.approx(slope, abs=0.005)
 
 
+def test_false_positives_per_true_one():
+    counts = random_counts((2, 3), 5)
+    m = metrics.marginals(counts)
+    for k in range(5):
+        np.testing.assert_allclose(metrics.fp_per_tp(counts, [k]), 1 / metrics.precision(counts)[..., k] - 1)
+    both = (m.fp[..., 1] + m.fp[..., 3]) / (m.tp[..., 1] + m.tp[..., 3])
+    np.testing.assert_allclose(metrics.fp_per_tp(counts, [1, 3]), both)
+    never_right = np.array([[0, 4], [3, 5]])
+    assert np.isnan(metrics.fp_per_tp(never_right, [0]))  # not infinite
+    assert metrics.fp_per_tp(torch.tensor(never_right), [0, 1]) == 7 / 5
+
+
+def test_error_map_counts_as_the_confusion_counts_do():
+    rng = np.random.default_rng(0)
+    label, predicted = rng.integers(0, 4, (2, 9, 7)).astype(np.uint8)
+    label[:2] = 255
+    counts = metrics.ConfusionCounts(4)
+    counts.update(torch.from_numpy(predicted)[None], torch.from_numpy(label)[None])
+    for k in range(4):
+        errors = metrics.error_map(label, predicted, k)
+        assert errors.dtype == np.uint8
+        m = metrics.marginals(counts.total())
+        assert [(errors == kind).sum() for kind in (1, 2, 3)] == [m.tp[k], m.fp[k], m.fn[k]]
+        np.testing.assert_array_equal(errors == 255, label == 255)
+    with pytest.raises(ValueError, match=r"share one shape, got \(9, 7\) and \(2, 7\)"):
+        metrics.error_map(label, predicted[:2], 0)
+
+
 def test_false_positives_by_true_group():
     counts = np.array([[5, 1, 2], [3, 6, 4], [7, 8, 9]])
     sources = metrics.false_positive_sources(counts, ["head", "tail", "tail"])
@@ -527,7 +555,7 @@ def test_bootstrap_of_a_metric_is_its_interval_and_of_a_difference_its_paired_in
 def test_bootstrap_in_parts_is_bootstrap_at_once():
     sums = np.random.default_rng(0).random((2, 5, 4000))  # 2000 replicates of it take two parts
     score = lambda x: x[..., :3] / x.sum(-1, keepdims=True)  # noqa: E731
-    drawn = metrics._weights(np.random.default_rng(0), 2000, 5)
+    drawn = metrics.resampling_weights(np.random.default_rng(0), 2000, 5)
     samples = score(np.einsum("rn,snk->srk", drawn, sums)).mean(0)
     value, low, high = bootstrap(sums, score)
     each = score(sums.sum(1))

@@ -1,11 +1,13 @@
 """Run directories: atomic writes, tidy tables, refusals."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from ltseg_core import metrics, results
-from ltseg_core.config import UserError
+from ltseg_core.config import Experiment, UserError
 from ltseg_core.stats import ClassCounts
 
 COUNTS = ClassCounts(torch.tensor([90_000, 9_950, 50]), torch.tensor([10, 9, 2]))  # head, head, tail
@@ -85,3 +87,70 @@ def test_runs_folder_order(monkeypatch, tmp_path):
     assert str(results.runs_folder("x")) == "x"
     monkeypatch.delenv("LTSEG_RUNS")
     assert str(results.runs_folder()) == "runs"
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """A function that writes a run directory whose files are all there; their content but the experiment's is empty."""
+
+    def write(**fields):
+        e = Experiment(**fields)
+        path = tmp_path / e.key()
+        path.mkdir()
+        for name in results.FILES:
+            (path / name).touch()
+        stored = {"format": results.FORMAT, "experiment": e.to_dict()}
+        (path / "experiment.json").write_text(json.dumps(stored))
+        return path
+
+    return write
+
+
+def test_finished_runs_are_found_without_a_word_about_what_is_none(write_run, tmp_path, recwarn):
+    wanted = {write_run(seed=s): Experiment(seed=s) for s in (0, 1, 2)}
+    (tmp_path / "0123456789abcdef.partial").mkdir()  # not finished
+    (tmp_path / "0123456789abcdef.lock").touch()
+    (tmp_path / "0123456789abcdef").touch()  # a file
+    (tmp_path / "notes").mkdir()
+    found = results.finished(tmp_path)
+    assert {run.path: run.experiment for run in found} == wanted
+    assert [run.path for run in found] == sorted(wanted)
+    assert not recwarn.list
+    assert results.finished(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "experiment.json").write_text("{"), "is damaged .*delete it and run again"),
+        (lambda p: (p / "experiment.json").write_text('{"format": 1}'), "is damaged .*experiment"),
+        (lambda p: (p / "experiment.json").write_text('{"format": 0, "experiment": {}}'), "written in run format 0"),
+        (
+            lambda p: (p / "experiment.json").write_text('{"format": 1, "experiment": {"stepz": 3}}'),
+            "cannot be read: unknown experiment field 'stepz'",
+        ),
+        (lambda p: (p / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda p: (p / "experiment.json").unlink(), "is damaged"),
+        (lambda p: p.rename(p.with_name("0123456789abcdef")), f"holds the run {Experiment(seed=1).key()}"),
+    ],
+)
+def test_a_damaged_run_is_left_out_and_named(write_run, tmp_path, damage, message):
+    write_run(seed=0)
+    damage(write_run(seed=1))
+    with pytest.warns(UserWarning, match=message) as caught:
+        found = results.finished(tmp_path)
+    assert [run.experiment.seed for run in found] == [0]
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 half of one"])
+def test_damaged_confusion_counts_say_what_to_do(write_run, tmp_path, content):
+    path = write_run()
+    run = results.find(Experiment(), tmp_path)
+    (path / "confusion.npz").write_bytes(content)
+    with pytest.raises(UserError, match=f"confusion.npz is damaged .*delete {path} and run again"):
+        run.confusion("test")
+    np.savez_compressed(path / "confusion.npz", test=np.eye(2, dtype=np.int32)[None])
+    np.testing.assert_array_equal(run.confusion("test"), [[[1, 0], [0, 1]]])
+    with pytest.raises(UserError, match="no confusion counts of split 'val', only test"):
+        run.confusion("val")

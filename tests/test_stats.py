@@ -263,6 +263,28 @@ def test_difference_of_correlations_equals_a_slow_loop_over_the_same_resamples()
     assert stats.correlation(x, y, less=x) == (0, 0, 0)
 
 
+def test_resampled_correlations_share_their_resamples():
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(2, 9)), rng.normal(size=(3, 9)).round()  # rounded: ties
+    for kind, reference in (("pearson", pearsonr), ("spearman", spearmanr)):
+        table = stats.resampled_correlations(x, y, kind=kind, replicates=40, seed=5)
+        assert table.shape == (41, 2, 3)
+        drawn = [np.arange(9), *np.random.default_rng(5).integers(9, size=(40, 9))]
+        expected = [[[reference(a[i], b[i])[0] for b in y] for a in x] for i in drawn]
+        np.testing.assert_allclose(table, expected, atol=1e-9)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"must be finite, got {bad}"):
+            stats.resampled_correlations(x, np.where(y == y[0, 0], bad, y))
+
+
+def test_difference_of_independent_estimates():
+    even = stats.difference_of_independent((0.5, 0.2, 0.8), (0.1, -0.3, 0.5))
+    assert even == pytest.approx((0.4, -0.1, 0.9))  # half-widths 0.3 and 0.4: 0.5
+    skewed = stats.difference_of_independent((0.5, 0.5, 0.8), (0.1, 0.1, 0.5))
+    assert skewed == pytest.approx((0.4, 0.0, 0.7)), "low: 0 and 0.4; high: 0.3 and 0"
+    assert stats.difference_of_independent((0.5, 0.2, 0.6), (0.7, 0.7, 0.7)) == pytest.approx((-0.2, -0.5, -0.1))
+
+
 def test_correlation_covers_the_truth():
     """The 90 % interval holds the true coefficient of most samples (percentile intervals are a little short)."""
     rng = np.random.default_rng(0)

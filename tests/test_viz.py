@@ -17,7 +17,7 @@ import torch
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
 
-from ltseg_core import viz
+from ltseg_core import metrics, viz
 from ltseg_core.config import UserError
 from ltseg_core.methods import METHODS
 from ltseg_core.stats import ClassCounts, groups
@@ -84,20 +84,20 @@ def test_an_unknown_method_has_a_stable_look_and_importing_viz_is_light() -> Non
     assert here.marker != viz.method_style("blv sigma=1").marker
     heavy = ("matplotlib", "seaborn", "torchvision", "timm", "segmentation_models_pytorch")
     code = f"""import sys
-from ltseg_core import viz
+from ltseg_core import metrics, viz
 print(viz.method_colour('blv sigma=6'), [m for m in {heavy} if m in sys.modules])"""
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     seen = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
     assert seen.strip() == f"{here.colour} []"
 
 
-@pytest.mark.parametrize(
-    "matrix",
-    [  # Machado et al. 2009, severity 1: protanopia, deuteranopia; and grey for the three methods of notebook 02
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    ],
-)
+COLOUR_BLIND = [  # Machado et al. 2009, severity 1: protanopia, deuteranopia
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+]
+
+
+@pytest.mark.parametrize("matrix", COLOUR_BLIND)
 def test_the_main_methods_differ_for_colour_blind_readers(matrix: list[list[float]]) -> None:
     colours = np.array([to_rgb(viz.method_colour(name)) for name in list(viz.METHOD_LABELS)[:7]])
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
@@ -234,6 +234,73 @@ def test_predictions_have_a_column_per_method_in_order() -> None:
     assert [ax.get_title("left") for ax in axes[0]] == ["image", "ground truth", "cross-entropy", "BLV"]
     assert (axes[0, 2].images[0].get_array() == PALETTE[2]).all()
     assert legend_of(axes[0, 0].figure) == ["sky", "road", "car", "not labelled"]
+
+
+def error_axes(*methods: str, label: np.ndarray = LABEL) -> np.ndarray:
+    image = np.full((2, 3, 3), 100, dtype=np.uint8)
+    wrong = {"ce": np.full_like(label, 2), "blv": np.array([[0, 1, 1], [2, 1, 0]], dtype=np.uint8)}
+    features = {m: (f"features of {m}", image + i) for i, m in enumerate(methods)}
+    scores = score_table(methods=methods).query("class_id == 1")
+    chosen = {m: wrong[m] for m in methods}
+    return viz.plot_errors(image, label, chosen, features, scores, PALETTE, CLASSES, 1, title="image 7", over="test")
+
+
+def test_errors_have_a_row_per_method_below_image_ground_truth_and_scores() -> None:
+    axes = error_axes("ce", "blv")
+    assert axes.shape == (3, 3)
+    assert [ax.get_title("left") for ax in axes[0, :2]] == ["image 7", "ground truth"]
+    np.testing.assert_array_equal(axes[0, 1].images[0].get_array(), viz.colourise(LABEL, PALETTE))
+    assert axes[0, 2].get_ylabel() == "road, test (%)"
+    assert [t.get_text() for t in axes[0, 2].get_legend().get_texts()] == ["cross-entropy", "BLV"]
+    assert [ax.get_ylabel() for ax in axes[1:, 0]] == ["cross-entropy", "BLV"]
+    assert (axes[1, 0].images[0].get_array() == PALETTE[2]).all()
+    errors = metrics.error_map(LABEL, np.array([[0, 1, 1], [2, 1, 0]], dtype=np.uint8), 1)
+    np.testing.assert_array_equal(axes[2, 1].images[1].get_array(), viz.error_colours(errors))
+    tp, fp, fn = ((errors == kind).sum() for kind in (1, 2, 3))
+    assert axes[2, 1].get_title("left") == f"TP {tp}, FP {fp}, FN {fn} px"
+    assert axes[1, 1].get_title("left") == f"TP 0, FP 0, FN {(LABEL == 1).sum()} px"
+    assert axes[2, 2].get_title("left") == "features of blv"
+    assert (axes[2, 2].images[0].get_array() == 101).all()
+    legend = axes[2, 1].get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == [
+        "road found (TP)",
+        "wrongly called road (FP)",
+        "road missed (FN)",
+    ]
+    assert [to_hex(p.get_facecolor()) for p in legend.get_patches()] == list(viz.ERROR_COLOURS.values())
+    assert legend_of(axes[0, 0].figure) == ["sky", "road", "car", "not labelled"]
+
+
+def test_errors_of_one_method_and_scores_that_are_missing_or_zero() -> None:
+    axes = error_axes("ce")
+    assert axes.shape == (2, 3)
+    image = np.zeros((2, 3, 3), dtype=np.uint8)
+    scores = pd.DataFrame({"method": "ce", "metric": ["iou", "acc"], "value": [0, np.nan], "low": 0.0, "high": np.nan})
+    axes = viz.plot_errors(image, LABEL, {"ce": LABEL}, {"ce": ("", image)}, scores, PALETTE, CLASSES, 2)
+    assert axes[0, 2].get_ylim() == pytest.approx((-0.0003, 0.0103))
+    with pytest.raises(ValueError, match="lacks the column 'low'"):
+        viz.plot_errors(image, LABEL, {}, {}, scores.drop(columns="low"), PALETTE, CLASSES, 2)
+
+
+def test_error_colours_say_what_the_map_says() -> None:
+    picture = viz.error_colours(np.array([[0, 1, 2], [3, 255, 0]], dtype=np.uint8))
+    assert picture.dtype == np.uint8
+    assert (picture[[0, 1], [0, 2], 3] == 0).all()  # the image shows through
+    assert [to_hex(picture[at][:3] / 255) for at in ((0, 1), (0, 2), (1, 0))] == list(viz.ERROR_COLOURS.values())
+    assert picture[1, 1].tolist() == [255] * 4
+
+
+def test_error_colours_differ_in_grey_and_for_colour_blind_readers() -> None:
+    faded = ["#cccccc", "#ebebeb"]  # darkest and lightest of the image below the errors
+    colours = [*viz.ERROR_COLOURS.values(), *faded]
+    grey = np.sort([luminance(c) for c in colours[:4]])
+    assert np.diff(grey).min() > 0.08
+    rgb = np.array([to_rgb(c) for c in colours])
+    for matrix in COLOUR_BLIND:
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        seen = np.clip(linear @ np.array(matrix).T, 0, 1) ** (1 / 2.4)
+        distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)[:3]
+        assert distance[distance > 0].min() > 0.25
 
 
 # ------------------------------------------------------------------------------------------------- statistics
@@ -399,6 +466,45 @@ def test_means_stand_at_their_metric_with_their_intervals() -> None:
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["cross-entropy", "BLV"]
 
 
+def test_scores_over_frequency_stand_at_their_share_in_the_look_of_their_group() -> None:
+    table = pd.DataFrame({"class": list("abcd"), "images": [50, 30, 15, 5], "acc": [0.9, 0.7, 0.2, 0.4]})
+    table["group"] = ["head", "head", "body", "tail"]
+    ax = viz.plot_against_frequency(table, frequency="images", log=True)
+    shown = dots(ax)
+    np.testing.assert_allclose(shown["head"], [[0.5, 0.9], [0.3, 0.7]])
+    np.testing.assert_allclose(shown["tail"], [[0.05, 0.4]])
+    assert [t.get_text() for t in ax.texts] == ["a"], "the most frequent is named"
+    assert (ax.get_xscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "share of images (%)", "Acc (%)")
+
+
+def test_correlations_are_full_where_the_interval_leaves_out_zero() -> None:
+    columns = ["data", "score", "kind", "frequency", "value", "low", "high"]
+    rows = [
+        ("here", "one", "pearson", "pixels", 0.4, 0.2, 0.5),
+        ("here", "one", "pearson", "images", 0.1, -0.2, 0.3),
+        ("here", "two", "pearson", "pixels", -0.3, -0.5, -0.1),
+        ("here", "paper", "pearson", "images", 0.4, np.nan, np.nan),
+        ("here", "one", "pearson log", "pixels", 0.6, 0.5, 0.7),
+        ("there", "three", "pearson log", "pixels", 0.7, 0.6, 0.8),
+    ]
+    axes = viz.plot_correlations(pd.DataFrame(rows, columns=columns))
+    assert [ax.get_title("left") for ax in axes[0]] == ["raw counts", "log counts"]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["here", "there"]
+    raw = axes[0, 0]
+    assert [[t.get_text() for t in ax.get_yticklabels()] for ax in axes[:, 0]] == [["one", "two", "paper"], ["three"]]
+    assert raw.yaxis_inverted()
+    pixels, images = (c for c in raw.collections if isinstance(c, PathCollection))
+    full = [[to_hex(face) != "#ffffff" for face in c.get_facecolor()] for c in (pixels, images)]
+    assert [full[0][:2], full[1][0], full[1][2]] == [[True, True], False, False]
+    np.testing.assert_allclose(pixels.get_offsets()[:2], [[0.4, -0.15], [-0.3, 0.85]])
+    np.testing.assert_allclose(images.get_offsets()[0], [0.1, 0.15])
+    assert {tuple(s[:, 0]) for s in segments(raw)} >= {(0.2, 0.5), (-0.2, 0.3), (-0.5, -0.1)}
+    assert legend_of(raw.figure) == ["pixels", "images"]
+    assert raw.get_xlim() == axes[0, 1].get_xlim()
+    assert raw.get_xlim()[0] < -0.5
+    assert raw.get_xlim()[1] > 0.7
+
+
 def test_groups_of_a_method_share_a_row_with_their_intervals() -> None:
     rows = [
         ("ce", "head", "ΔIoU", 0.4, 0.35, 0.45, 3),
@@ -448,6 +554,8 @@ def test_figures_are_drawn_on_the_axes_given() -> None:
         "plot_per_class",
         "plot_deltas",
         "plot_means",
+        "plot_against_frequency",
+        "plot_correlations",
         "plot_by_group",
     ],
 )

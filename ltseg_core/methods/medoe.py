@@ -432,7 +432,7 @@ def oracle_prediction(
     """
     labels = torch.stack(
         [
-            (z if allowed is None else z.masked_fill(~allowed[i].view(1, -1, 1, 1), -torch.inf)).argmax(1)
+            (z if allowed is None else z.masked_fill(~allowed[i].view(1, -1, 1, 1), -torch.inf)).max(1).indices
             for i, z in enumerate(experts)
         ]
     )
