@@ -1,7 +1,6 @@
 """Tables from finished runs: what they contain, and what may not be compared."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 from ltseg_core import analysis, metrics, results, stats
 from ltseg_core.config import Experiment, UserError
 from ltseg_core.data.base import SegmentationDataset
+from ltseg_core.models import Output
 from ltseg_core.results import Run
 from ltseg_core.stats import ClassCounts
 
@@ -172,7 +172,7 @@ class Reads(torch.nn.Module):
 
     def forward(self, image):
         classes = torch.arange(3).view(1, 3, 1, 1)
-        return SimpleNamespace(logits=-((255 * image[:, self.channel, None] - classes) ** 2))
+        return Output(image, -((255 * image[:, self.channel, None] - classes) ** 2))
 
 
 def test_distances_to_the_nearest_tail_pixel():
