@@ -34,7 +34,7 @@ ROWS = [
     "results",
     "parallel",
 ]
-ROWS += ["train", "analysis", "viz", "notebook", "collection", "cli"]
+ROWS += ["train", "cost", "analysis", "viz", "notebook", "collection", "cli"]
 PLATFORMS = [
     {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.7", "sys_platform": system, "os_name": name}
     for minor in (11, 12, 13, 14)
