@@ -169,9 +169,9 @@ def ratios(times: pd.DataFrame) -> pd.DataFrame:
 def peak_bytes(step: Step, device: torch.device) -> int:
     """Largest amount of memory that a call holds beyond what was there before it.
 
-    On a GPU that of PyTorch's allocator; on a CPU every allocation and release that PyTorch's profiler records, so
-    tensors and temporaries, but not what a library allocates by itself. The step must have been taken before, and
-    must not release what was there: the profiler does not see the size of that.
+    On a GPU that of PyTorch's allocator; on a CPU, in one thread, every allocation and release that PyTorch's profiler
+    records, so tensors and temporaries, but not what a library allocates by itself. The step must have been taken
+    before, and must not release what was there: the profiler does not see the size of that.
     """
     if device.type == "cuda":
         _wait(device)
@@ -181,7 +181,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints two lines at each use
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with one_thread(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events: Any = recorded.profiler.kineto_results.events()
     changes = sorted(((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda c: c[0])
