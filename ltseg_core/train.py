@@ -360,15 +360,9 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def _begin(self, stage: Stage, number: int, start: int, loss: Tensor, evaluations: list[dict[str, float]]) -> State:
-        e = self.e
-        learner = Learner(stage).to(self.device)
-        for module in stage.frozen:
-            module.requires_grad_(False)
-        if e.freeze_batch_norm:
-            for module in _batch_norms(learner):
-                module.requires_grad_(False)
-        teacher = copy.deepcopy(learner.network).requires_grad_(False).eval() if e.ema_decay else None
-        return State(number, learner, build_optimizer(learner, e), teacher, loss, evaluations, start)
+        learner, optimizer = ready(stage, self.e, self.device)
+        teacher = copy.deepcopy(learner.network).requires_grad_(False).eval() if self.e.ema_decay else None
+        return State(number, learner, optimizer, teacher, loss, evaluations, start)
 
     def _train(self, state: State, stage: Stage, start: int, stop: int) -> None:
         e, learner = self.e, state.learner
@@ -381,9 +375,6 @@ class Training:
         if self.unlabelled:
             order = BatchOrder(self.unlabelled, e.batch_size, e.seed + 1, **span)
             others = iter(loader(self.train_set, order, workers=self.workers))
-        learner.train()
-        for module in (*stage.frozen, *(_batch_norms(learner) if e.freeze_batch_norm else ())):
-            module.eval()
         self.bar.update(state.step - self.bar.n)
         losses = [m for m in learner.criterion.modules() if isinstance(m, PixelLoss)]
         for step in range(state.step, stop):
@@ -399,14 +390,7 @@ class Training:
                     loss_module.observe(pseudo[1])
                     if (step + 1) * e.batch_size // len(self.unlabelled) > step * e.batch_size // len(self.unlabelled):
                         loss_module.end_epoch()
-            with evaluate.autocast(self.device, e.precision):
-                loss = ddp(image, target, pseudo)
-            state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if e.clip_norm is not None:
-                nn.utils.clip_grad_norm_(learner.parameters(), e.clip_norm)
-            state.optimizer.step()
-            state.loss[step] = loss.detach()
+            state.loss[step] = optimise(ddp, state.optimizer, e, image, target, pseudo)
             state.step = step + 1
             if state.teacher is not None and e.ema_decay is not None:
                 self._share_buffers(learner.network)
@@ -591,6 +575,33 @@ def learning_rate_factor(e: Experiment, step: int, steps: int) -> float:
     """
     warm = min(1.0, (step + 1) / e.warmup_steps) if e.warmup_steps else 1.0
     return warm * ((1 - step / steps) ** e.poly_power if e.schedule == "poly" else 1.0)
+
+
+def ready(stage: Stage, e: Experiment, device: torch.device) -> tuple[Learner, torch.optim.Optimizer]:
+    """A stage's network and criterion on the device, in training mode but for what is frozen, and their optimiser."""
+    learner = Learner(stage).to(device).train()
+    for module in (*stage.frozen, *(_batch_norms(learner) if e.freeze_batch_norm else ())):
+        module.requires_grad_(False).eval()
+    return learner, build_optimizer(learner, e)
+
+
+def optimise(
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    e: Experiment,
+    image: Tensor,
+    target: Tensor,
+    pseudo: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """One optimiser step of a `Learner` on a batch, arguments as there; returns its loss, detached."""
+    optimizer.zero_grad(set_to_none=True)  # first, so that the forward pass does not keep old gradients
+    with evaluate.autocast(image.device, e.precision):
+        loss = learner(image, target, pseudo)
+    loss.backward()
+    if e.clip_norm is not None:
+        nn.utils.clip_grad_norm_(learner.parameters(), e.clip_norm)
+    optimizer.step()
+    return loss.detach()
 
 
 @torch.no_grad()

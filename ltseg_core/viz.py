@@ -771,6 +771,42 @@ def plot_by_group(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.nda
 
 
 @_styled
+def plot_costs(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
+    """Costs in units of cross-entropy's as dots with intervals, a row per method, a panel per metric, logarithmic.
+
+    table: method, metric (the panel's title), value, low, high (> 0; NaN limits draw no interval, a NaN value no dot),
+    optionally reference (another measurement, drawn as a cross; NaN none). Returns the axes, (metrics,).
+    """
+    from matplotlib.ticker import LogLocator
+
+    _columns(table, "method", "metric", "value", "low", "high")
+    methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
+    if axes is None:
+        axes = subplots(1, len(metrics), height=0.9 + 0.2 * len(methods), share_y=True)[1]
+    axes = np.asarray(axes).reshape(-1)
+    if len(axes) != len(metrics):
+        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    for ax, metric in zip(axes, metrics, strict=True):
+        rows = table[table["metric"] == metric].set_index("method").reindex(methods)
+        ax.axvline(1, color="0.15", linewidth=0.8)
+        for y, (method, row) in enumerate(rows.iterrows()):
+            look = method_style(str(method))
+            ax.hlines(y, row["low"], row["high"], color=look.colour, linewidth=1.4)
+            ax.plot(row["value"], y, marker=look.marker, color=look.colour, markersize=5, linestyle="")
+            ax.plot(row.get("reference", np.nan), y, marker="x", color="0.15", markersize=4, linestyle="", zorder=3)
+        ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5)))
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.minorticks_off()
+        ax.set(title=metric, xlabel="cross-entropy = 1")
+        ax.grid(axis="x")
+    axes[0].set_yticks(range(len(methods)), [method_style(m).label for m in methods])
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    return axes
+
+
+@_styled
 def plot_sweep(table: pd.DataFrame, parameter: str, axes: np.ndarray | None = None) -> np.ndarray:
     """Scores over the values of one hyper-parameter, with intervals, a panel per metric.
 

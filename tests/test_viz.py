@@ -556,6 +556,24 @@ def test_groups_of_a_method_share_a_row_with_their_intervals() -> None:
         viz.plot_by_group(table[:3], axes)
 
 
+def test_costs_are_dots_on_a_logarithmic_axis_with_intervals_and_a_reference() -> None:
+    rows = [
+        ("blv", "step", 1.05, 1.0, 1.1, 1.02),
+        ("medoe experts", "step", 2.0, np.nan, np.nan, np.nan),
+        ("blv", "memory", 1.5, 1.5, 1.5, np.nan),
+    ]
+    axes = viz.plot_costs(pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "reference"]))
+    assert [ax.get_title(loc="left") for ax in axes] == ["step", "memory"]
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["BLV", "MEDOE experts"]
+    assert axes[0].get_xscale() == "log"
+    drawn = [(ln.get_marker(), *np.r_[ln.get_xdata()], *np.r_[ln.get_ydata()]) for ln in axes[0].lines[1:]]
+    crosses = [d for d in drawn if d[0] == "x" and not np.isnan(d[1])]
+    assert crosses == [("x", 1.02, 0)]
+    assert [d[1:] for d in drawn if d[0] != "x"] == [(1.05, 0), (2.0, 1)]
+    assert [s.tolist() for s in segments(axes[0])] == [[[1.0, 0.0], [1.1, 0.0]]]
+    assert np.isnan([ln.get_xdata()[0] for ln in axes[1].lines[1:]]).sum() == 3  # no memory of medoe, no reference
+
+
 def test_figures_are_drawn_on_the_axes_given() -> None:
     _, axes = viz.subplots(2, 2)
     table = score_table(3, ("ce", "blv"))
@@ -578,6 +596,7 @@ def test_figures_are_drawn_on_the_axes_given() -> None:
         "plot_against_frequency",
         "plot_correlations",
         "plot_by_group",
+        "plot_costs",
     ],
 )
 def test_a_table_without_a_column_is_refused_by_name(plot: str) -> None:
