@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -60,7 +61,7 @@ def redraw(
     order = graphlib.TopologicalSorter({name: set(n.needs) & chosen.keys() for name, n in chosen.items()})
     order.prepare()
     failed: dict[str, str] = {}
-    running: dict[Future[str | None], str] = {}
+    running: dict[Future[tuple[str | None, float]], str] = {}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SHARED)
     with (
@@ -73,12 +74,13 @@ def redraw(
                 running[pool.submit(_draw, str(chosen[name].path), parameters, env)] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                if error := future.result():
+                error, wall_s = future.result()
+                if error:
                     failed[name] = error
                 else:
                     order.done(name)
                 if show:
-                    print(f"{name}: {error or 'drawn'}", file=sys.stderr, flush=True)
+                    print(f"{name}: {error or 'drawn'}, {wall_s:.1f} s", file=sys.stderr, flush=True)
     return failed
 
 
@@ -93,14 +95,15 @@ def _environment(values: Mapping[str, str]) -> Any:
         os.environ.update(before)
 
 
-def _draw(path: str, parameters: Mapping[str, Any], env: Mapping[str, str]) -> str | None:
-    """Run the cells of one notebook in this process, which has no other use; say what went wrong."""
+def _draw(path: str, parameters: Mapping[str, Any], env: Mapping[str, str]) -> tuple[str | None, float]:
+    """Run the cells of one notebook in this process, which has no other use: what went wrong, and seconds."""
     from IPython.core.displaypub import CapturingDisplayPublisher
     from IPython.core.interactiveshell import InteractiveShell
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
     from traitlets.config import Config
 
+    begin = time.monotonic()
     os.environ.update(env)  # the server may have been started with another one
     os.chdir(Path(path).parent)
     nb = parameterize_notebook(load_notebook_node(path), parameters, language="python", kernel_name="python3")
@@ -112,5 +115,6 @@ def _draw(path: str, parameters: Mapping[str, Any], env: Mapping[str, str]) -> s
             result = shell.run_cell(source, store_history=True)
         if error := result.error_before_exec or result.error_in_exec:
             first = str(error).partition("\n")[0]
-            return f"cell {count}: {first if isinstance(error, UserError) else f'{type(error).__name__}: {first}'}"
-    return None
+            what = first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+            return f"cell {count}: {what}", time.monotonic() - begin
+    return None, time.monotonic() - begin
