@@ -340,22 +340,37 @@ class Seesaw(PixelLoss):
 
     M_yj = min(1, (n_j / n_y)^p) spares rarer classes, C_yj = max(1, (p_j / p_y)^q) restores the penalty where
     class j was wrongly preferred; C is a constant for the gradient. p = q = 0 is plain cross-entropy.
-    Differs: n_k are the counts of the training set from the first step; the paper accumulates them while it
-    trains. The authors' code bounds p_y from below by 0.01 in C; the paper and this do not.
+    online: n_k are what was seen while training, this batch included (the paper); in each process its own.
+    Differs: otherwise n_k are the counts of the training set from the first step. The authors' code bounds p_y from
+    below by 0.01 in C; the paper and this do not.
     """
 
     log_sizes: Tensor  # (C,)
+    seen: Tensor  # (C,)
 
-    def __init__(self, counts: ClassCounts, *, p: float = 0.8, q: float = 2.0, prior: Prior = "pixel") -> None:
+    def __init__(
+        self,
+        counts: ClassCounts,
+        *,
+        p: float = 0.8,
+        q: float = 2.0,
+        prior: Prior = "pixel",
+        online: bool = False,
+    ) -> None:
         super().__init__(counts)
         _require("p", p, p >= 0, ">= 0")
         _require("q", q, q >= 0, ">= 0")
-        self.p, self.q = p, q
+        self.p, self.q, self.prior, self.online = p, q, prior, online
         self.register_buffer("log_sizes", class_sizes(counts, prior).log())
+        if online:
+            self.register_buffer("seen", torch.zeros_like(self.log_sizes))
 
     def adjust(self, logits: Tensor, target: Tensor) -> Tensor:
         true = target.clamp(max=self.num_classes - 1).unsqueeze(1)  # (B, 1, H, W); ignored pixels: any class
-        log_sizes = self.log_sizes.to(logits.dtype)
+        if self.online and self.training:
+            size = pixels_of_classes(target, self.num_classes)[1][:, :-1]
+            self.seen += (size if self.prior == "pixel" else size > 0).sum(0)
+        log_sizes = (self.seen.clamp(min=1).log() if self.online else self.log_sizes).to(logits.dtype)
         log_m = (log_sizes.view(1, -1, 1, 1) - log_sizes[true]).clamp_(max=0).mul_(self.p)
         z = logits.detach()
         log_c = (z - z.gather(1, true)).clamp_(min=0).mul_(self.q)

@@ -436,6 +436,23 @@ def test_seesaw_spares_rarer_classes_and_punishes_confusion():
     assert spared < cross_entropy(z, y) < punished
 
 
+@pytest.mark.parametrize("prior", ["pixel", "region"])
+def test_seesaw_online_counts_what_it_has_seen_while_training(prior):
+    loss = build_loss("seesaw", COUNTS, online=True, prior=prior)
+    pixels, images = torch.zeros(2, COUNTS.num_classes, dtype=torch.long)
+    for seed in (0, 1):
+        z, y = batch(seed)
+        there = torch.stack([(y == k).sum((1, 2)) for k in range(COUNTS.num_classes)])  # (C, B)
+        pixels, images = pixels + there.sum(1), images + (there > 0).sum(1)
+        whole_set = build_loss("seesaw", ClassCounts(pixels, images), prior=prior)
+        assert loss(z, y) == pytest.approx(whole_set(z, y).item(), rel=1e-12)
+    loss.eval()
+    assert loss(z, y) == loss(z, y) == pytest.approx(whole_set(z, y).item(), rel=1e-12), "evaluation counts nothing"
+    again = build_loss("seesaw", COUNTS, online=True, prior=prior)
+    again.load_state_dict(loss.state_dict())
+    assert again.eval()(z, y) == loss(z, y), "a resumed training goes on counting where it stopped"
+
+
 def test_seesaw_gradient_takes_the_compensation_as_constant():
     z, y = batch()
     z.requires_grad_()

@@ -153,17 +153,19 @@ def test_expert_target_masks_the_labels_of_others():
 # --- stage 1 ---
 
 
+@pytest.mark.parametrize("softmax", ["all", "own"])
 @pytest.mark.parametrize("sets", ["overlap", "disjoint", "disjoint_all", "all"])
-def test_alpha_0_is_the_sum_of_the_experts_cross_entropies(sets):
+def test_alpha_0_is_the_sum_of_the_experts_cross_entropies(sets, softmax):
     z, y = logits()
     labels = label_sets(GROUP, sets)
-    loss = ExpertCriterion(labels, COUNTS, alpha=0.0)(ExpertOutput(z[0], z[0], tuple(z)), y)
+    loss = ExpertCriterion(labels, COUNTS, alpha=0.0, softmax=softmax)(ExpertOutput(z[0], z[0], tuple(z)), y)
     expected = 0.0
     for i in range(3):
         terms = [
-            -z[i][b, :, u, v].log_softmax(0)[y[b, u, v]].item()
+            (among.exp().sum().log() - z[i][b, y[b, u, v], u, v]).item()
             for b, u, v in np.ndindex(*y.shape)
             if y[b, u, v] != IGNORE_INDEX and labels[i, y[b, u, v]]
+            for among in [z[i][b, labels[i] if softmax == "own" else slice(None), u, v]]
         ]
         expected += np.mean(terms)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
@@ -231,7 +233,7 @@ def test_prior_divergence_is_0_for_the_prior_itself(form):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"l2": "class", "kl": "pixel", "l2_pixels": "own"}])
+@pytest.mark.parametrize("options", [{}, {"softmax": "own"}, {"l2": "class", "kl": "pixel", "l2_pixels": "own"}])
 def test_gradcheck_and_pixels_without_labels(options):
     z, y = logits()
     criterion = ExpertCriterion(label_sets(GROUP), COUNTS, alpha=0.5, **options).double()

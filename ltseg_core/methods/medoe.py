@@ -54,6 +54,7 @@ def build(
     sets: Sets = "overlap",
     share: Literal["encoder", "decoder", "nothing"] = "encoder",
     shared_gradient: Literal["head", "all"] = "head",
+    softmax: Literal["all", "own"] = "all",
     alpha: float = 0.2,
     l2: Literal["pixel", "class", "none"] = "pixel",
     l2_pixels: Literal["valid", "own"] = "valid",
@@ -74,6 +75,7 @@ def build(
               (arm MCN); or "nothing", K whole networks (arm ME, with sets="all", alpha=0, ensemble="average"), whose
               encoders start from the same weights, as pretrained ones do
     shared_gradient: the common part learns from expert 1, the "head" expert, or from "all"
+    softmax:  of L_ce^i, over "all" classes, which pushes those outside S_i down, or over its "own", S_i
     alpha:    weight of L_aux; 0.2 in the paper
     l2:       what the norm of Eq. 3 is over. "pixel": ||z_iu over k not in S_i||_2 of each pixel, averaged; "class":
               the root mean square over the pixels for each k, summed. A sum over pixels would dwarf L_ce
@@ -103,7 +105,14 @@ def build(
     labels = label_sets(class_groups(counts, shares=shares, cuts=cuts), sets)
     experts = Experts(network, len(labels), share=share, shared_gradient=shared_gradient)
     criterion = ExpertCriterion(
-        labels, counts, alpha=alpha, l2=l2, l2_pixels=l2_pixels, kl=kl, auxiliary_weight=network.auxiliary_weight
+        labels,
+        counts,
+        softmax=softmax,
+        alpha=alpha,
+        l2=l2,
+        l2_pixels=l2_pixels,
+        kl=kl,
+        auxiliary_weight=network.auxiliary_weight,
     )
     if ensemble in RULES:
         return [Stage("medoe", Combined(experts, SimpleEnsemble(labels, ensemble, threshold)), criterion)]
@@ -270,13 +279,14 @@ class ExpertCriterion(nn.Module):
         counts: ClassCounts,
         *,
         alpha: float,
+        softmax: str = "all",
         l2: str = "pixel",
         l2_pixels: str = "valid",
         kl: str = "batch",
         auxiliary_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.auxiliary_weight = auxiliary_weight
+        self.auxiliary_weight, self.softmax = auxiliary_weight, softmax
         self.alpha, self.l2, self.l2_pixels, self.kl = alpha, l2, l2_pixels, kl
         self.narrow = (~labels).any(1).tolist()
         self.register_buffer("labels", labels)
@@ -292,8 +302,10 @@ class ExpertCriterion(nn.Module):
     def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, narrow: bool) -> Tensor:
         """L^i for z_i (B, C, H, W), y (B, H, W) and S_i (C,) bool; narrow: S_i is not all classes."""
         own, logits = expert_target(target.long(), labels), _wide(logits)
-        log_p = logits.log_softmax(1)
-        loss = mean_over_valid(F.nll_loss(log_p, own, ignore_index=IGNORE_INDEX, reduction="none"), own)
+        among_own = log_p = logits.log_softmax(1)
+        if self.softmax == "own" and narrow:
+            among_own = logits.masked_fill(~labels.view(1, -1, 1, 1), -math.inf).log_softmax(1)
+        loss = mean_over_valid(F.nll_loss(among_own, own, ignore_index=IGNORE_INDEX, reduction="none"), own)
         if not self.alpha:
             return loss
         auxiliary = loss.new_zeros(())
