@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ltseg_core import data, evaluate, metrics, parallel, results, stats, train
+from ltseg_core import config, data, evaluate, metrics, parallel, results, stats, train
 from ltseg_core.config import Experiment, UserError
 from ltseg_core.data.batches import BatchOrder, augment, collate, draw, generator
 from ltseg_core.losses import BLV
@@ -421,7 +421,7 @@ def _taken(runs, cores):
 )
 def test_one_missing_run_takes_its_cores_too(tiny, tmp_path, monkeypatch, threads, jobs, world, taken):
     seen = []
-    monkeypatch.setattr(stats, "cores", lambda: 3)
+    monkeypatch.setattr(config, "cores", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -433,7 +433,7 @@ def test_one_missing_run_takes_its_cores_too(tiny, tmp_path, monkeypatch, thread
 
 
 def test_trainings_of_any_number_of_threads_share_the_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr(stats, "cores", lambda: 3)
+    monkeypatch.setattr(config, "cores", lambda: 3)
     busy, most, finished, lock = [], [], [], threading.Lock()
 
     def train_twice(threads):
