@@ -67,6 +67,7 @@ ERROR_COLOURS = {"TP": "#0072b2", "FP": "#f2a93b", "FN": "#1a1a1a"}
 """Of one class's pixels: found, wrongly called so, missed. They differ in grey too, also from the faded image."""
 ERROR_LABELS = {"TP": "{} found (TP)", "FP": "wrongly called {} (FP)", "FN": "{} missed (FN)"}
 
+HOLLOW = "hollow: one seed, the interval covers images only"
 METHOD_LABELS = {
     "ce": "cross-entropy",
     "balanced_softmax": "balanced softmax",
@@ -698,11 +699,7 @@ def plot_differences(table: pd.DataFrame, axes: np.ndarray | None = None, *, bas
     """
     _columns(table, "method", "metric", "value", "low", "high")
     methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
-    if axes is None:
-        axes = subplots(1, len(metrics), height=1.1 + 0.24 * len(methods), share_y=True)[1]
-    axes = np.asarray(axes).reshape(-1)
-    if len(axes) != len(metrics):
-        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    axes = _one_per_metric(axes, metrics, height=1.1 + 0.24 * len(methods), share_y=True)
     for ax, metric in zip(axes, metrics, strict=True):
         rows = table[table["metric"] == metric].set_index("method").reindex(methods)
         ax.axvline(0, color="0.15", linewidth=0.8)
@@ -717,13 +714,10 @@ def plot_differences(table: pd.DataFrame, axes: np.ndarray | None = None, *, bas
         ax.set_title(f"Δ{' '.join(METRIC_LABELS.get(word, word) for word in metric.split())}")
         ax.set_xlabel("points")
         ax.grid(axis="x")
-    axes[0].set_yticks(range(len(methods)), [method_style(m).label for m in methods])
-    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    _method_rows(axes[0], methods)
     axes[0].set_ylabel(f"against {method_style(baseline).label}")
     notes = ["× published"] if "published" in table and table["published"].notna().any() else []
-    notes += (
-        ["hollow: one seed, the interval covers images only"] if (table.get("seeds", pd.Series([2])) == 1).any() else []
-    )
+    notes += [HOLLOW] if (table.get("seeds", pd.Series([2])) == 1).any() else []
     if notes:
         axes[0].figure.supxlabel("; ".join(notes), fontsize=8)
     return axes
@@ -738,11 +732,7 @@ def plot_by_group(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.nda
     """
     _columns(table, "method", "group", "metric", "value", "low", "high")
     methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
-    if axes is None:
-        axes = subplots(1, len(metrics), height=1.1 + 0.3 * len(methods), share_y=True)[1]
-    axes = np.asarray(axes).reshape(-1)
-    if len(axes) != len(metrics):
-        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    axes = _one_per_metric(axes, metrics, height=1.1 + 0.3 * len(methods), share_y=True)
     place = table["method"].map(methods.index)
     one_seed = table.get("seeds", pd.Series(2, table.index)) == 1
     for (ax, metric), (i, group) in product(zip(axes, metrics, strict=True), enumerate(GROUPS)):
@@ -761,12 +751,11 @@ def plot_by_group(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.nda
             ax.axhspan(y - 0.5, y + 0.5, color="0.96", linewidth=0, zorder=-1)
         ax.xaxis.set_major_formatter(_percent)
         ax.grid(axis="x")
-    axes[0].set_yticks(range(len(methods)), [method_style(m).label for m in methods])
-    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    _method_rows(axes[0], methods)
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(handles, labels, loc="outside upper left", ncols=3)
     if one_seed.any():
-        axes[0].figure.supxlabel("hollow: one seed, the interval covers images only", fontsize=8)
+        axes[0].figure.supxlabel(HOLLOW, fontsize=8)
     return axes
 
 
@@ -781,11 +770,7 @@ def plot_costs(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarra
 
     _columns(table, "method", "metric", "value", "low", "high")
     methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
-    if axes is None:
-        axes = subplots(1, len(metrics), height=0.9 + 0.2 * len(methods), share_y=True)[1]
-    axes = np.asarray(axes).reshape(-1)
-    if len(axes) != len(metrics):
-        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    axes = _one_per_metric(axes, metrics, height=0.9 + 0.2 * len(methods), share_y=True)
     for ax, metric in zip(axes, metrics, strict=True):
         rows = table[table["metric"] == metric].set_index("method").reindex(methods)
         ax.axvline(1, color="0.15", linewidth=0.8)
@@ -801,8 +786,7 @@ def plot_costs(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarra
         ax.minorticks_off()
         ax.set(title=metric, xlabel="cross-entropy = 1")
         ax.grid(axis="x")
-    axes[0].set_yticks(range(len(methods)), [method_style(m).label for m in methods])
-    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    _method_rows(axes[0], methods)
     return axes
 
 
@@ -815,9 +799,7 @@ def plot_sweep(table: pd.DataFrame, parameter: str, axes: np.ndarray | None = No
     """
     _columns(table, parameter, "metric", "value", "low", "high")
     metrics = list(dict.fromkeys(table["metric"]))
-    axes = (subplots(1, len(metrics))[1] if axes is None else np.asarray(axes)).reshape(-1)
-    if len(axes) != len(metrics):
-        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    axes = _one_per_metric(axes, metrics, height=3.0)
     for ax, metric in zip(axes, metrics, strict=True):
         rows = table[table["metric"] == metric].sort_values(parameter)
         x = rows[parameter].to_numpy()
@@ -954,6 +936,24 @@ def _panels(axes: np.ndarray | None, shape: tuple[int, int], *, height: float) -
     if axes.size != shape[0] * shape[1]:
         raise ValueError(f"expected {shape[0]} x {shape[1]} axes, got {axes.size}")
     return axes.reshape(shape)
+
+
+def _one_per_metric(
+    axes: np.ndarray | None, metrics: Sequence[str], *, height: float, share_y: bool = False
+) -> np.ndarray:
+    """`axes`, one for each metric, or new ones side by side, `height` inches tall."""
+    if axes is None:
+        axes = subplots(1, len(metrics), height=height, share_y=share_y)[1]
+    axes = np.asarray(axes).reshape(-1)
+    if len(axes) != len(metrics):
+        raise ValueError(f"expected {len(metrics)} axes, one per metric, got {len(axes)}")
+    return axes
+
+
+def _method_rows(ax: Axes, methods: Sequence[str]) -> None:
+    """Names of the methods at the vertical places 0, 1, ..., from the top."""
+    ax.set_yticks(range(len(methods)), [method_style(m).label for m in methods])
+    ax.set_ylim(len(methods) - 0.5, -0.5)
 
 
 def _class_axis(column: np.ndarray, classes: pd.DataFrame) -> None:
