@@ -43,7 +43,7 @@ def redraw(
 ) -> dict[str, str]:
     """Run the code of the notebooks, without kernels and outputs, so that they write their figures and tables.
 
-    Nothing is trained. What a notebook once computed from the runs (`notebook.remembered`) is read.
+    Nothing is trained. What a notebook once computed from the runs (`results.remembered`) is read.
     Arguments as in `collection.run`. Returns a sentence for each notebook that failed; whose needs failed is left out.
     Raises UserError for what the caller can mend.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell starts the tests in the background
 torch.set_num_threads(1)  # tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"
 DATA = Path(os.environ["LTSEG_DATA"]).resolve() if "LTSEG_DATA" in os.environ else None
@@ -26,7 +28,7 @@ def _no_ambient_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 @pytest.fixture
 def real_data() -> Path:
-    """The data root with CamVid, CCP and the class statistics; the test is left out where there is none."""
+    """The data root with CamVid, CCP, the class statistics and the public results; the test is left out where there is none."""
     if DATA is None or not DATA.is_dir():
         pytest.skip("LTSEG_DATA does not point to the real data")
     return DATA
