@@ -221,13 +221,12 @@ def head_lead(sources: np.ndarray) -> tuple[float, float, float]:
     sources: (S, N, 3) false positives per seed and image by true group, e.g. those of the tail classes summed from
     `metrics.false_positive_sources`. NaN without a false positive.
     """
-    masses = metrics.Marginals(sources, 0 * sources, 0 * sources)
 
-    def lead(m: Any) -> Any:
+    def lead(total: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):
-            return (m.tp[..., 0] - m.tp[..., 1:].max(-1)) / m.tp.sum(-1)
+            return (total[..., 0] - total[..., 1:].max(-1)) / total.sum(-1)
 
-    return metrics.interval(masses, lead)
+    return metrics.bootstrap(sources, lead)
 
 
 def tail_distances(
@@ -246,7 +245,7 @@ def tail_distances(
     """
     from scipy.ndimage import distance_transform_edt
 
-    head, tail = (np.flatnonzero([g == name for g in groups]) for name in ("head", "tail"))
+    head, tail = (np.flatnonzero(np.asarray(groups) == name) for name in ("head", "tail"))
     near = [i for i in range(len(dataset)) if np.asarray(dataset.histogram(i))[tail].any()]
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("all", *after)}
     maps = [evaluate.predictions(n, dataset, near, precision=precision) for n in (before, *after.values())]

@@ -203,15 +203,20 @@ def places(
     }
 
 
-def summary(results: Sequence[Result], out: str | os.PathLike[str], figures: str | None = None) -> str:
+def headless(threads: int | str) -> dict[str, str]:
+    """The environment of a process that runs a notebook for nobody to watch."""
+    pools = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
+    return {**dict.fromkeys(pools, str(threads)), "LTSEG_HEADLESS": "1", "TQDM_DISABLE": "1"}
+
+
+def summary(results: Sequence[Result], out: str | os.PathLike[str]) -> str:
     """What ended how, one sentence for each failure, and where everything lies."""
     states = [r.state for r in results]
     counts = [f"{states.count(s)} {s}" for s in dict.fromkeys(states)]
     problems = [f"{r.notebook.name} {r.state}: {r.error}" for r in results if r.error]
     remarks = [f"the text of {r.notebook.name} was written for other numbers: {r.remark}" for r in results if r.remark]
     failed = [f"what ran of {r.notebook.name}: {r.executed}" for r in results if r.state == "failed"]
-    places = {"notebooks": Path(out, "notebooks"), "figures": figures or Path(out, "figures")}
-    where = [f"{name}: {path}" for name, path in places.items()]
+    where = [f"{name}: {Path(out, name)}" for name in ("notebooks", "figures")]
     return "\n".join([f"{len(results)} notebooks: {', '.join(counts)}", *problems, *remarks, *failed, *where])
 
 
@@ -225,13 +230,10 @@ def launch(task: Mapping[str, Any]) -> dict[str, Any]:
         return {"state": "failed", "error": "interrupted"}
     status_file = Path(task["out"], "status", f"{task['name']}.json")
     status_file.unlink(missing_ok=True)  # what it says from here on, this execution has written
-    threads = str(task["threads"] or _worker_threads())
     env = {
         **{name: value for name, value in os.environ.items() if name != "MPLBACKEND"},  # would hide figures
         **task["env"],
-        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LTSEG_THREADS"), threads),
-        "LTSEG_HEADLESS": "1",
-        "TQDM_DISABLE": "1",
+        **headless(task["threads"] or _worker_threads()),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
     }
     begin, stopped = time.monotonic(), None
@@ -326,7 +328,7 @@ def _run_graph(
                     try:
                         ended = future.result()
                     except Exception as error:  # e.g. the Dask worker was lost
-                        ended = {"state": "failed", "error": _sentence(error)}
+                        ended = {"state": "failed", "error": sentence(error)}
                     finish(name, ended["state"], ended)
                 for future, (name, bar) in running.items():
                     status = _status(Path(tasks[name]["out"]), name)
@@ -359,7 +361,7 @@ def _executor(jobs: int, scheduler: str | None) -> Iterator[Executor]:
             client = stack.enter_context(Client(scheduler, timeout=5, set_as_default=False))
             client.wait_for_workers(1, timeout=30)
         except (OSError, TimeoutError, ValueError) as error:
-            raise UserError(f"no Dask scheduler with workers at {scheduler}: {_sentence(error)}") from None
+            raise UserError(f"no Dask scheduler with workers at {scheduler}: {sentence(error)}") from None
         yield client.get_executor(pure=False)
 
 
@@ -443,7 +445,8 @@ def _status(out: Path, name: str) -> dict[str, Any]:
         return {}
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
+    """What went wrong, in one line: the message of a UserError, type and message of anything else."""
     first = str(error).strip().partition("\n")[0]
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
@@ -498,7 +501,7 @@ def _execute(task: Mapping[str, Any]) -> None:
         what = first if error.ename == "UserError" else f"{error.ename}: {first}"
         save(state="failed", error=f"cell {error.exec_count or status['cell']}: {what}")
     except Exception as error:
-        save(state="failed", error=f"cell {status['cell']}: {_sentence(error)}")
+        save(state="failed", error=f"cell {status['cell']}: {sentence(error)}")
 
 
 def _modified(folder: Path) -> dict[Path, int]:

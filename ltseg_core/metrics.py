@@ -161,7 +161,7 @@ def false_positive_sources(counts: np.ndarray, groups: Sequence[str]) -> np.ndar
     counts: (..., C, C);  groups: C names. The sum over the groups is FP (MEDOE, Eq. 14 splits it in two).
     """
     wrong = np.asarray(counts) * ~np.eye(len(groups), dtype=bool)
-    return np.stack([wrong[..., np.flatnonzero([g == name for g in groups]), :].sum(-2) for name in GROUPS], -2)
+    return np.stack([wrong[..., np.asarray(groups) == name, :].sum(-2) for name in GROUPS], -2)
 
 
 def error_map(label: np.ndarray, predicted: np.ndarray, class_id: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,9 @@ def redraw(
     chosen = {n.name: n for n in collection.select(names, collection.notebooks(folder))}
     env = {
         **collection.places(runs, figures, data_root),
-        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LTSEG_THREADS"), "1"),
+        **collection.headless(threads=1),
         "LTSEG_TRAIN": "0",
-        "LTSEG_HEADLESS": "1",
         "MPLBACKEND": "agg",
-        "TQDM_DISABLE": "1",
     }
     Path(env["LTSEG_FIGURES"]).mkdir(parents=True, exist_ok=True)
     order = graphlib.TopologicalSorter({name: set(n.needs) & chosen.keys() for name, n in chosen.items()})
@@ -74,7 +73,12 @@ def redraw(
                 running[pool.submit(_draw, str(chosen[name].path), parameters, env)] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                error, wall_s = future.result()
+                try:
+                    error, wall_s = future.result()
+                except BrokenProcessPool:
+                    raise UserError(
+                        f"the process of {name} ended without a word: was it killed for its memory?"
+                    ) from None
                 if error:
                     failed[name] = error
                 else:
@@ -114,7 +118,5 @@ def _draw(path: str, parameters: Mapping[str, Any], env: Mapping[str, str]) -> t
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             result = shell.run_cell(source, store_history=True)
         if error := result.error_before_exec or result.error_in_exec:
-            first = str(error).partition("\n")[0]
-            what = first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
-            return f"cell {count}: {what}", time.monotonic() - begin
+            return f"cell {count}: {collection.sentence(error)}", time.monotonic() - begin
     return None, time.monotonic() - begin

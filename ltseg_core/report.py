@@ -100,8 +100,9 @@ def build(out: str | os.PathLike[str]) -> Path:
     if not executed:
         raise UserError(f"no executed notebooks in {out / 'notebooks'}: run `ltseg run --out {out}` first")
     index = out / "site" / "index.html"
-    sources = [*(out / "notebooks").iterdir(), *(out / "figures").glob("*"), *PACKAGE.rglob("*.py")]
-    if index.exists() and index.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+    package = (path for path in PACKAGE.rglob("*") if "__pycache__" not in path.parts)  # folders too: files may go
+    sources = [path for folder in ("notebooks", "figures") for path in (out / folder, *(out / folder).glob("*"))]
+    if index.exists() and index.stat().st_mtime > max(p.stat().st_mtime for p in (*sources, *package) if p.exists()):
         return index
     try:
         with tempfile.TemporaryDirectory(dir=out, prefix=".site-") as scratch:

@@ -28,7 +28,7 @@ def _no_ambient_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 @pytest.fixture
 def real_data() -> Path:
-    """The data root with CamVid, CCP, the class statistics and the public results; the test is left out where there is none."""
+    """The data root with CamVid, CCP, class statistics and public results; without one the test is left out."""
     if DATA is None or not DATA.is_dir():
         pytest.skip("LTSEG_DATA does not point to the real data")
     return DATA

@@ -252,7 +252,7 @@ def test_the_readme_lists_the_notebooks_with_their_answers():
 
 @pytest.mark.slow
 def test_collection_runs_once_and_again_only_what_changed(folder, run, tmp_path):
-    ask = "import os, sys, json; keep = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'LTSEG_THREADS', 'LTSEG_RUNS'"
+    ask = "import os, sys, json; keep = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'LTSEG_HEADLESS', 'LTSEG_RUNS'"
     show = "print(json.dumps([profile, seeds, sys.executable, os.getcwd(), *[os.environ[k] for k in keep]]))"
     figure = "import os, pathlib; pathlib.Path(os.environ['LTSEG_FIGURES'], 'a.txt').touch()"
     write(folder, "01_first", ask, show)
@@ -264,7 +264,7 @@ def test_collection_runs_once_and_again_only_what_changed(folder, run, tmp_path)
     assert set(states(first).values()) == {"finished"}
     nb = nbformat.read(first["01_first"].executed, as_version=4)
     threads = str(max(1, config.cores() // 2))
-    expected = ["smoke", [7], sys.executable, str(folder), *[threads] * 3, str(tmp_path / "runs")]
+    expected = ["smoke", [7], sys.executable, str(folder), threads, threads, "1", str(tmp_path / "runs")]
     assert json.loads(nb.cells[-1].outputs[0].text) == expected
     text = collection.summary(list(first.values()), tmp_path / "out")
     assert text.startswith("3 notebooks: 3 finished")
