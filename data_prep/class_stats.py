@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import csv
-import io
 from collections.abc import Mapping
 
-from data_prep.install import TableSet
+from data_prep.install import TableSet, csv_bytes
 from ltseg_core.config import UserError
+from ltseg_core.stats import COLUMNS
 
 README = """# Class statistics of four public training sets
 
@@ -47,12 +46,8 @@ def build(files: Mapping[str, bytes]) -> dict[str, bytes]:
         counts = [files[f"{STATS}/{dataset}_{kind}_label_stats.txt"].split() for kind in ("pix", "image")]
         # the pixel counts of COCO-Stuff-10K have one row more, `unlabeled`, before the classes
         pixels, images = (rows[-len(classes) :] for rows in counts)
-        table = io.StringIO(newline="")
-        writer = csv.writer(table)
-        writer.writerow(["class_index", "class_name", "train_pixels", "train_images"])
-        for index, (name, *row) in enumerate(zip(classes, pixels, images, strict=True)):
-            writer.writerow([index, name, *map(int, row)])
-        tables[f"{dataset}.csv"] = table.getvalue().encode()
+        rows = zip(range(len(classes)), classes, map(int, pixels), map(int, images), strict=True)
+        tables[f"{dataset}.csv"] = csv_bytes(COLUMNS, rows)
     return tables
 
 

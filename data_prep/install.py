@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,13 @@ class TableSet:
     sha256: Mapping[str, str]
     """Finished CSV -> SHA-256 of these columns, comma-separated, one row a line, without header."""
     readme: str
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """A CSV file with a header."""
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([columns, *rows])
+    return table.getvalue().encode()
 
 
 def read_expected(name: str) -> dict[str, Any]:

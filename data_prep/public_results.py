@@ -8,10 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
-from data_prep.install import HERE, TableSet
+from data_prep.install import HERE, TableSet, csv_bytes
 from ltseg_core.config import UserError
 
 COMMITS = {
@@ -139,13 +139,6 @@ def read_log(source: str, content: bytes, classes: int) -> tuple[dict[str, str],
     return scores, rows
 
 
-def write_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """A CSV file with a header."""
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows([columns, *rows])
-    return table.getvalue().encode()
-
-
 def build(
     files: Mapping[str, bytes], *, name: str, classes: int, first: int, summary: Mapping[str, str]
 ) -> dict[str, bytes]:
@@ -162,8 +155,8 @@ def build(
         stated = [(log | scores).get(key, "") for key in summary.values()]
         summaries.append([model, method, *stated, source.partition(":")[2]])
     return {
-        "per_class_results.csv": write_csv(RESULT_COLUMNS, results),
-        "summary.csv": write_csv(("model", "method", *summary, "file"), summaries),
+        "per_class_results.csv": csv_bytes(RESULT_COLUMNS, results),
+        "summary.csv": csv_bytes(("model", "method", *summary, "file"), summaries),
     }
 
 
@@ -172,7 +165,7 @@ def build_ade20k(files: Mapping[str, bytes]) -> dict[str, bytes]:
     info = csv.DictReader(io.StringIO(files[address(OBJECT_INFO)].decode()))
     rows = [[row[column] for column in OBJECT_INFO_COLUMNS.values()] for row in info]
     tables = build(files, name="ade20k_stats", classes=len(rows), first=1, summary=ADE20K_SUMMARY)
-    return {"objectinfo150.csv": write_csv([*OBJECT_INFO_COLUMNS], rows), **tables}
+    return {"objectinfo150.csv": csv_bytes([*OBJECT_INFO_COLUMNS], rows), **tables}
 
 
 ADE20K_STATS = TableSet(

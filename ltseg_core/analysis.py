@@ -27,6 +27,15 @@ CORRELATIONS: dict[str, tuple[Literal["pearson", "spearman"], Callable[[np.ndarr
     "pearson log": ("pearson", np.log),
     "spearman": ("spearman", np.asarray),
 }
+PAPERS = {
+    "RR": "Region Rebalance",
+    "BLV": "BLV",
+    "PAT": "PAT",
+    "MED": "MEDOE",
+    "DIS": "DisAlign",
+    "X": "where papers disagree",
+}
+"""By the letters that the IDs of their claims begin with."""
 CHANGING = {**PER_CLASS, "precision": metrics.precision}
 CLASS_SCORES: dict[str, Callable[[Any], Any]] = {**CHANGING, "fp_per_tp": partial(metrics.fp_per_tp, classes=[0])}
 """Of counts of a single class."""
@@ -530,7 +539,7 @@ def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row for every claim of the papers, indexed by its ID: what all notebooks together say of it.
 
     tables: by name `NN_claims`, rows as those of `judge` with the columns claim, found, verdict, data
-    Columns: statement, published, found (a sentence for each notebook), data, verdict, notebooks (their numbers).
+    Columns: paper, statement, published, found (a sentence for each notebook), data, verdict, notebooks (numbers).
     The verdicts of several notebooks are one by `agreed`; a claim that no table judges is open. A row that only
     points elsewhere ("see notebook 04") gives way to any other.
     Raises UserError for an unknown claim.
@@ -549,5 +558,7 @@ def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         "verdict": said["verdict"].agg(agreed),
         "notebooks": said["notebook"].unique().map(", ".join),
     }
+    paper = known.index.str.partition("-").get_level_values(0).map(PAPERS)
     board = known[["statement", "published"]].join(pd.DataFrame(together))
+    board.insert(0, "paper", paper)
     return board.fillna({"found": "no notebook that judges it was run", "data": "", "verdict": "open", "notebooks": ""})

@@ -72,11 +72,21 @@ def logit_maps(
     Images are seen as in `outputs`; the logits are brought bilinearly to the label's size.
     read: what to take of the network's output, (B, C, H, W)
     """
-    for output, labels in outputs(network, dataset, indices, batch_size=batch_size, precision=precision):
-        for own, label in zip(read(output).float(), labels, strict=True):
-            if own.shape[1:] != label.shape:
-                own = F.interpolate(own[None], label.shape, mode="bilinear", align_corners=False)[0]
-            yield own, label.to(own.device, non_blocking=True)
+    for output, maps in outputs(network, dataset, indices, batch_size=batch_size, precision=precision):
+        for own, label in zip(read(output).float(), maps, strict=True):
+            yield at_size(own, label.shape), label.to(own.device, non_blocking=True)
+
+
+def at_size(logits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Logits (C, h, w) brought bilinearly to the size `shape`, (C, H, W)."""
+    if logits.shape[1:] == shape:
+        return logits
+    return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0]
+
+
+def predicted_labels(logits: Tensor) -> Tensor:
+    """The class of the largest logit of each pixel, (C, H, W) -> (H, W) uint8, the first of equal ones."""
+    return logits.max(0).indices.to(torch.uint8)  # argmax takes four times as long on a CPU
 
 
 @torch.inference_mode()
@@ -90,7 +100,7 @@ def predictions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(predicted, true) label maps of the images, each (H, W) uint8; see `logit_maps`."""
     for logits, label in logit_maps(network, dataset, indices, batch_size=batch_size, precision=precision):
-        yield logits.max(0).indices.to(torch.uint8), label  # argmax takes four times as long on a CPU
+        yield predicted_labels(logits), label
 
 
 def confusion(

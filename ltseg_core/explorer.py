@@ -19,7 +19,7 @@ from PIL import Image
 from ltseg_core import analysis, evaluate, metrics, stats, train, viz
 from ltseg_core.config import PROFILES, Experiment, UserError, choose
 from ltseg_core.data.base import SegmentationDataset
-from ltseg_core.models import SegmentationNetwork
+from ltseg_core.models import padding, stride_of
 from ltseg_core.results import Run
 
 if TYPE_CHECKING:
@@ -113,12 +113,13 @@ def choices(table: Table, wanted: Pick, *, strict: bool = False) -> tuple[dict[s
     run = groups[first][0]
     splits = [str(split) for split in run.metrics["split"].unique()]
     split = add("split", {name: name for name in splits}, "test" if "test" in splits else splits[0])
-    acc = [metrics.acc(analysis.counts_of(group, split).sum((0, 1), dtype=np.int64)) for group in groups.values()]
+    counts = [analysis.counts_of(group, split) for group in groups.values()]  # (S, N, C, C) each
+    acc = [metrics.acc(c.sum((0, 1), dtype=np.int64)) for c in counts]
     apart = np.nan_to_num(np.abs(acc[0] - (acc[1] if len(acc) > 1 else 1)), nan=-1)
     group, by_frequency = stats.groups(run.counts()), run.counts().pixels.numpy().argsort(kind="stable")[::-1]
     names = {run.classes[k]: f"{run.classes[k]} ({group[k]})" for k in by_frequency}
     class_name = add("class_name", names, run.classes[int(apart.argmax())])
-    pixels = run.confusion(split)[:, run.classes.index(class_name)].sum(-1)
+    pixels = counts[0][0, :, run.classes.index(class_name)].sum(-1)
     stems = _dataset(run.experiment, split).names
     if len(stems) != len(pixels):
         raise UserError(
@@ -171,14 +172,14 @@ class View(NamedTuple):
 def look(run: Run, split: str, index: int) -> View:
     """Prediction and features of image `index` of a split, as the run is evaluated on it; kept for the next call."""
     network, dataset, precision = _network(run), _dataset(run.experiment, split), run.experiment.precision
-    (predicted, label), *_ = evaluate.predictions(network, dataset, [index], precision=precision)
-    (output, _), *_ = evaluate.outputs(network, dataset, [index], precision=precision)
-    stride = next(module.stride for module in network.modules() if isinstance(module, SegmentationNetwork))
+    ((output, (label,)),) = evaluate.outputs(network, dataset, [index], precision=precision)
+    predicted = evaluate.predicted_labels(evaluate.at_size(output.logits[0], label.shape)).cpu().numpy()
     features = output.features[0].float().permute(1, 2, 0).cpu().numpy()
-    sides = zip(features.shape[:2], output.logits.shape[-2:], label.shape, strict=True)
-    cell = [(seen + -seen % stride) / cells * own / seen for cells, seen, own in sides]
-    rows, columns = (int(np.ceil(own / size - 1e-9)) for own, size in zip(label.shape, cell, strict=True))
-    return View(predicted.cpu().numpy(), features[:rows, :columns], (cell[0], cell[1]))
+    size = output.logits.shape[-2:]
+    sides = zip(features.shape[:2], size, padding(size, stride_of(network)), label.shape, strict=True)
+    cell = [(seen + padded) / cells * own / seen for cells, seen, padded, own in sides]
+    rows, columns = (int(np.ceil(own / side - 1e-9)) for own, side in zip(label.shape, cell, strict=True))
+    return View(predicted, features[:rows, :columns], (cell[0], cell[1]))
 
 
 _network = lru_cache(maxsize=8)(Run.network)

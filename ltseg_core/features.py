@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltseg_core import evaluate, metrics
+from ltseg_core import evaluate, metrics, stats
 from ltseg_core.config import UserError
 from ltseg_core.data.base import SegmentationDataset
-from ltseg_core.models import SegmentationNetwork
+from ltseg_core.models import padding, stride_of
 
 ROWS_AT_ONCE = 1024  # of the distances between all pixels
 
@@ -84,7 +84,7 @@ def at_pixels(
     Each map is sampled bilinearly at the centre of the pixel, the values at its border continued; for the logits that
     is what an evaluation does before it takes the largest. Images are seen as in `evaluate.outputs`.
     """
-    stride = next(module.stride for module in network.modules() if isinstance(module, SegmentationNetwork))
+    stride = stride_of(network)
     visited, first = np.unique(pixels.image, return_index=True)
     bounds = [*first.tolist(), len(pixels.image)]
     parts, done = [], 0
@@ -92,7 +92,8 @@ def at_pixels(
         network, dataset, visited.tolist(), batch_size=batch_size, precision=precision
     ):
         sides = output.logits.shape[-2:]
-        inside = [side / (side + -side % stride) for side in sides]  # share of the padded image that is image
+        # share of the padded image that is image
+        inside = [side / (side + more) for side, more in zip(sides, padding(sides, stride), strict=True)]
         for features, logits, label in zip(output.features, output.logits, labels, strict=True):
             own = slice(bounds[done], bounds[done + 1])
             row, column = (pixels.row[own] + 0.5) / label.shape[0], (pixels.column[own] + 0.5) / label.shape[1]
@@ -240,7 +241,7 @@ def by_class(
         np.bincount(flat, weight.ravel(), minlength=np.prod(shape)).reshape(shape)
         for weight in (np.where(present, v, 0), present.astype(float))
     )
-    drawn = metrics.resampling_weights(np.random.default_rng(seed), replicates, n)  # (R, n)
+    drawn = stats.resampling_weights(np.random.default_rng(seed), replicates, n)  # (R, n)
     with np.errstate(invalid="ignore"):
         return ByClass(sums.sum(1) / sizes.sum(1), (drawn @ sums) / (drawn @ sizes), n)
 
@@ -265,8 +266,7 @@ def interval(
     seeds, drawn = score(measure.seeds), score(measure.replicates)
     if less is not None:
         seeds, drawn = seeds - score(less.seeds), drawn - score(less.replicates)
-    samples = metrics.nanmean(np.moveaxis(drawn, 0, -1))
-    return metrics.with_limits(seeds, samples, confidence, images=measure.images)
+    return metrics.with_limits(seeds, drawn, confidence, images=measure.images)
 
 
 def log_ratio(groups: Sequence[str], over: str, under: str) -> Score:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ltseg_core.config import IGNORE_INDEX
-from ltseg_core.stats import GROUPS, percentile_interval
+from ltseg_core.stats import GROUPS, percentile_interval, resampling_weights
 
 Array = Any  # np.ndarray or Tensor; every function below returns the kind it was given
 
@@ -393,7 +393,7 @@ def interval(
     per-class metric.
     """
     drawn = resample(counts, replicates=replicates, seed=seed)
-    return with_limits(metric(drawn.seeds), _replicated(drawn, metric), confidence, images=drawn.images)
+    return with_limits(metric(drawn.seeds), metric(drawn.replicates), confidence, images=drawn.images)
 
 
 def paired_interval(
@@ -417,7 +417,7 @@ def paired_interval(
             "a and b must come from the same seeds, images and classes, got "
             f"{s} x {n} x {c} and {s2} x {n2} x {c2} (seeds x images x classes)"
         )
-    samples = _replicated(x, metric) - _replicated(y, metric)
+    samples = metric(x.replicates) - metric(y.replicates)
     return with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
 
 
@@ -444,22 +444,16 @@ def bootstrap(
     parts = np.array_split(drawn, -(-replicates * sums[:, 0].size // 2**23))  # 64 MB of replicates at a time
     flat = sums.reshape(*sums.shape[:2], -1)
     samples = [score((part @ flat).reshape(len(flat), len(part), *sums.shape[2:])) for part in parts]
-    whole = nanmean(np.moveaxis(np.concatenate(samples, 1), 0, -1))  # (R,) or (R, K)
-    return with_limits(score(sums.sum(1)), whole, confidence, images=sums.shape[1])
-
-
-def _replicated(drawn: Resampled, metric: Callable[[Array | Marginals], Array]) -> np.ndarray:
-    """Replicates of the mean over seeds of a metric, (R,) or (R, C)."""
-    return nanmean(np.moveaxis(metric(drawn.replicates), 0, -1))
+    return with_limits(score(sums.sum(1)), np.concatenate(samples, 1), confidence, images=sums.shape[1])
 
 
 def with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
     """Mean over seeds with its interval over images and seeds, as in `interval`: (value, low, high).
 
-    scores: (S,) or (S, C) per seed;  samples: (R,) or (R, C) bootstrap replicates over `images` images of their mean
+    scores: (S,) or (S, C) per seed;  samples: (S, R) or (S, R, C) their bootstrap replicates over `images` images
     """
     value = nanmean(np.moveaxis(scores, 0, -1))
-    low, high = percentile_interval(samples, confidence)
+    low, high = percentile_interval(nanmean(np.moveaxis(samples, 0, -1)), confidence)
     _, seeds_low, seeds_high = seed_interval(scores, confidence=confidence)
     half = np.nan_to_num((seeds_high - seeds_low) / 2)
     below, above = np.hypot(value - low, half), np.hypot(high - value, half)
@@ -486,14 +480,6 @@ def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) 
         squares / np.maximum(n - 1, 1) / np.maximum(n, 1)
     )
     return _plain(mean), _plain(mean - half), _plain(mean + half)
-
-
-def resampling_weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
-    """How often each of n items is drawn in n draws with replacement, (R, n) float64."""
-    if replicates < 1:
-        raise ValueError(f"replicates must be >= 1, got {replicates}")
-    cells = rng.integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
-    return np.bincount(cells.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
 
 
 def _plain(x: np.ndarray) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,7 @@ class SegmentationNetwork(nn.Module):
 
     def encode(self, image: Tensor) -> Any:
         """(B, 3, H, W) in [0, 1] -> the encoder's maps of the scaled and padded image, finest first."""
-        bottom, right = (-side % self.stride for side in image.shape[-2:])
+        bottom, right = padding(image.shape, self.stride)
         return self.encoder(F.pad((image - self.mean) / self.std, (0, right, 0, bottom)))
 
     def decode(self, maps: Any) -> Tensor:
@@ -164,7 +164,8 @@ class SegmentationNetwork(nn.Module):
     def resize(self, logits: Tensor, image: Tensor) -> Tensor:
         """Low-resolution logits (B, C, h, w) of the padded image -> (B, C, H, W) of the image."""
         height, width = image.shape[-2:]
-        padded = (height + -height % self.stride, width + -width % self.stride)
+        bottom, right = padding(image.shape, self.stride)
+        padded = (height + bottom, width + right)
         if logits.shape[-2:] != padded:
             logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
@@ -172,6 +173,16 @@ class SegmentationNetwork(nn.Module):
     def forward(self, image: Tensor) -> Output:
         features, auxiliary = self.decode_with_auxiliary(self.encode(image), image)
         return Output(features, self.resize(self.classifier(features), image), auxiliary)
+
+
+def padding(shape: Sequence[int], stride: int) -> tuple[int, int]:
+    """Rows below and columns to the right that make the last two sides of a shape multiples of the stride."""
+    return -shape[-2] % stride, -shape[-1] % stride
+
+
+def stride_of(network: nn.Module) -> int:
+    """The stride of the (first) SegmentationNetwork in a method's network."""
+    return next(module.stride for module in network.modules() if isinstance(module, SegmentationNetwork))
 
 
 def build_model(

@@ -40,14 +40,6 @@ from ltseg_core.notebook import PACKAGE, Notebook, read, write
 
 CLAIMS = ("claim", "found", "verdict", "data")
 MEANS = ("method", "metric", "value", "low", "high")
-PAPERS = {
-    "RR": "Region Rebalance",
-    "BLV": "BLV",
-    "PAT": "PAT",
-    "MED": "MEDOE",
-    "DIS": "DisAlign",
-    "X": "several papers at once",
-}
 SETTINGS = {
     "project": "ltseg",
     "html_title": f"ltseg {__version__}",
@@ -146,8 +138,12 @@ def _write_sources(folder: Path, executed: Sequence[Notebook], figures: Path) ->
         nb.cells.append(nbformat.v4.new_markdown_cell(_downloads(notebook, figures)))
         write(folder / "notebooks" / notebook.path.name, nbformat.writes(nb))
     write(folder / "index.md", _index(executed))
-    write(folder / "claims.rst", _claims(_tables(figures, "claims", CLAIMS), {n.name for n in executed}))
-    means, texts = _tables(figures, "means", MEANS), {n.name: _text(n) for n in executed}
+    write(
+        folder / "claims.rst",
+        _claims(viz.saved_tables("*_claims", figures, columns=CLAIMS, dtype=str), {n.name for n in executed}),
+    )
+    means = viz.saved_tables("*_means", figures, columns=MEANS)
+    texts = {n.name: _text(n) for n in executed}
     write(folder / "methods" / "index.rst", _method_list())
     for name in METHODS:
         write(folder / "methods" / f"{name}.rst", _method(name, means, texts))
@@ -179,26 +175,13 @@ Five papers and their baselines under one protocol. Each question is answered by
 # ------------------------------------------------------------------------- claims and methods, reStructuredText
 
 
-def _tables(figures: Path, kind: str, columns: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The tables `*_kind.csv` by the name of their file."""
-    tables = {}
-    for path in sorted(figures.glob(f"*_{kind}.csv")):
-        try:
-            tables[path.stem] = table = pd.read_csv(path, dtype=str if kind == "claims" else None)
-        except ValueError as error:
-            raise UserError(f"{path} is no table ({error}): run its notebook again") from None
-        if missing := [column for column in columns if column not in table]:
-            raise UserError(f"{path} lacks the column {', '.join(missing)}: a table of {kind} has {', '.join(columns)}")
-    return tables
-
-
 def _claims(tables: Mapping[str, pd.DataFrame], notebooks: Iterable[str]) -> str:
     """The claims board: how the verdicts fall, then every claim under its paper."""
     if not tables:
         return _title("Claims") + "No claim is judged here yet: run the notebooks (``ltseg run``), then report again."
     board = analysis.claims_board(tables)
     pages = {name[:2]: f":doc:`{name} </notebooks/{name}>`" for name in notebooks}
-    paper = board.index.str.partition("-").get_level_values(0).map(PAPERS).rename("claims of")
+    paper = board["paper"].rename("claims of")
     verdicts = list(get_args(analysis.Verdict))
     text = [
         _title("Claims"),

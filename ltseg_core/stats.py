@@ -284,12 +284,11 @@ def resampled_correlations(
     for values in (x, y):
         if not (finite := np.isfinite(values)).all():
             raise ValueError(f"values must be finite, got {values[~finite][0]} (log of a zero count?)")
-    drawn = np.vstack([np.arange(n), np.random.default_rng(seed).integers(n, size=(replicates, n))])
-    places = n * np.arange(len(drawn))[:, None] + drawn
-    times = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+    times = np.vstack([np.ones(n), resampling_weights(np.random.default_rng(seed), replicates, n)])  # (1 + R, n)
 
     def standardised(values: np.ndarray) -> np.ndarray:  # (n,) -> (1 + R, n): mean 0 and length 1 in each resample
-        constant = (values[drawn] == values[drawn[:, :1]]).all(1)
+        first = values[(times > 0).argmax(1), None]
+        constant = ((values == first) | (times == 0)).all(1)
         if kind == "spearman":
             values = _mean_ranks(values, times)
         centred = values - (times * values).sum(1, keepdims=True) / n
@@ -319,6 +318,14 @@ def difference_of_independent(
     """
     (a, a_low, a_high), (b, b_low, b_high) = first, second
     return a - b, a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
+
+
+def resampling_weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
+    """How often each of n items is drawn in n draws with replacement, (R, n) float64."""
+    if replicates < 1:
+        raise ValueError(f"replicates must be >= 1, got {replicates}")
+    cells = rng.integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
+    return np.bincount(cells.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
 
 
 def percentile_interval(samples: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:

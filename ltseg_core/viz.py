@@ -216,9 +216,26 @@ def save_table(table: pd.DataFrame, name: str, folder: str | os.PathLike[str] | 
     return _save(table.to_csv, name, "csv", folder)
 
 
-def saved_tables(pattern: str, folder: str | os.PathLike[str] | None = None) -> dict[str, pd.DataFrame]:
-    """Tables that `save_table` wrote under names like `*_claims`, by name; all values as text."""
-    return {p.stem: pd.read_csv(p, dtype=str) for p in sorted(_folder(folder).glob(f"{pattern}.csv"))}
+def saved_tables(
+    pattern: str,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    columns: Sequence[str] = (),
+    dtype: type | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Tables that `save_table` wrote under names like `*_claims`, by name.
+
+    dtype: of all values, e.g. str; None guesses. Raises UserError for a file that is no table or lacks a column.
+    """
+    tables = {}
+    for path in sorted(_folder(folder).glob(f"{pattern}.csv")):
+        try:
+            tables[path.stem] = table = pd.read_csv(path, dtype=dtype)
+        except ValueError as error:
+            raise UserError(f"{path} is no table ({error}): run its notebook again") from None
+        if missing := [column for column in columns if column not in table]:
+            raise UserError(f"{path} lacks the column {', '.join(missing)}; expected {', '.join(columns)}")
+    return tables
 
 
 def _folder(folder: str | os.PathLike[str] | None) -> Path:

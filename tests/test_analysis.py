@@ -400,6 +400,8 @@ def test_claims_board():
     }
     board = analysis.claims_board(tables)
     assert board.index.tolist() == analysis.claims().index.tolist()
+    assert board.loc[["MED-02", "X-06"], "paper"].tolist() == ["MEDOE", "where papers disagree"]
+    assert board["paper"].notna().all()
     found = "02 (scenes): falls; 05 (scenes): one seed"
     assert board.loc["RR-05", ["verdict", "found"]].tolist() == ["supported", found]
     assert board.loc["RR-05", ["notebooks", "data"]].tolist() == ["02, 05", "scenes"]

@@ -148,7 +148,7 @@ def test_the_board_counts_the_verdicts_and_keeps_every_word(site):
     assert text.count(NASTY) == 4  # twice as what was found, once as the data and beside what was found there
     for words in (
         "claims of supported contradicted open Region Rebalance 1 1 24 BLV 0 0 27",
-        "several papers at once 1 0 5",
+        "where papers disagree 1 0 5",
         f"found: 01 (scenes): +0.2; 07 (camvid): {NASTY} data: scenes, camvid verdict: supported",
     ):
         assert words in text.replace("found : ", "found: ")

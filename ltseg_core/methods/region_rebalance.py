@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ltseg_core.config import IGNORE_INDEX, UserError
 from ltseg_core.losses import _require, _wide, build_loss, class_sizes
 from ltseg_core.methods.base import PixelCriterion, Stage, checked
-from ltseg_core.models import Output, SegmentationNetwork
+from ltseg_core.models import Output, SegmentationNetwork, padding
 from ltseg_core.stats import ClassCounts
 
 DROPOUT = 0.1  # of the hidden-layer head
@@ -141,8 +141,8 @@ class RegionCriterion(nn.Module):
 
     def region_loss(self, features: Tensor, target: Tensor) -> Tensor:
         """L_reg; 0 if there is no region."""
-        height, width = target.shape[1:]
-        target = F.pad(target, (0, -width % self.stride, 0, -height % self.stride), value=IGNORE_INDEX)
+        bottom, right = padding(target.shape, self.stride)
+        target = F.pad(target, (0, right, 0, bottom), value=IGNORE_INDEX)
         if self.resolution == "features":
             target = nearest(target, features.shape[-2:])
         if self.components:

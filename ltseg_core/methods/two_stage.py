@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
 from ltseg_core.losses import Prior, _require, build_loss, class_sizes, one_hot, per_pixel, pixel_nll
 from ltseg_core.methods.base import PixelCriterion, Stage, checked
-from ltseg_core.models import Output, SegmentationNetwork, reinitialise
+from ltseg_core.models import Output, SegmentationNetwork, padding, reinitialise
 from ltseg_core.stats import ClassCounts
 
 Balance = Literal["sampling", "weights"]
@@ -221,7 +221,7 @@ def class_means(
 
 def nearest_labels(target: Tensor, features: Tensor, stride: int) -> Tensor:
     """The label at the centre of each position of the features of the padded image. (B, H, W) -> (B, h, w) int64"""
-    bottom, right = (-side % stride for side in target.shape[-2:])
+    bottom, right = padding(target.shape, stride)
     padded = F.pad(target, (0, right, 0, bottom), value=IGNORE_INDEX).unsqueeze(1).float()
     return F.interpolate(padded, features.shape[-2:], mode="nearest-exact").squeeze(1).long()
 
