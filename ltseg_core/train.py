@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -247,6 +247,17 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
+class Labelled(NamedTuple):
+    """What a stage learns from."""
+
+    images: SegmentationDataset
+    """A split at the size of the network."""
+    indices: list[int]
+    """Which of them have labels."""
+    own_size: SegmentationDataset
+    """These alone, label maps at their own size: there classes are counted."""
+
+
 class Training:
     """One run, from its experiment to its run directory."""
 
@@ -304,11 +315,9 @@ class Training:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.log(f"experiment {e.key()} {json.dumps(e.to_dict())}")
         whole = data.load(e.dataset, "train", self.data_root, **e.data_options)
-        self.labelled, self.unlabelled = _shares(e, len(whole))
-        self.train_set = in_memory_if_small(Resized(whole, e.size, resize_labels=True) if e.size else whole)
-        source = whole if e.size else self.train_set  # labels are counted at their own size
-        self.labelled_set = Subset(source, self.labelled) if self.unlabelled else source
-        counts = stats.count_classes(self.labelled_set)
+        labelled, self.unlabelled = _shares(e, len(whole))
+        self.labelled = {"train": _labelled(whole, e, labelled if self.unlabelled else None)}
+        counts = stats.count_classes(self.labelled["train"].own_size)
         if not counts.pixels.any():
             raise UserError(f"the training labels of {e.dataset} are all ignored: there is nothing to learn from")
         self.test_sets = {
@@ -318,7 +327,7 @@ class Training:
         }
         if not self.test_sets:
             raise UserError(f"{e.dataset} has neither a val nor a test split: there is nothing to evaluate on")
-        self.log(f"{len(self.labelled)} labelled, {len(self.unlabelled)} unlabelled images; {self.world} process(es)")
+        self.log(f"{len(labelled)} labelled, {len(self.unlabelled)} unlabelled images; {self.world} process(es)")
 
         torch.manual_seed(e.seed)
         network = build_model(
@@ -330,6 +339,8 @@ class Training:
             network.load_state_dict(start_from.weights())
             self.log(f"starts from the run {start_from.experiment.key()} ({start_from.experiment.method})")
         stages = build_method(e.method, network, counts, e.hyper)
+        for split in {stage.split for stage in stages} - self.labelled.keys():
+            self.labelled[split] = _labelled(_held_out(e, split, self.data_root), e)
         checkpoint = self.folder / CHECKPOINT
         loss = torch.full((self.steps,), torch.nan, device=self.device)
         evaluations: list[dict[str, float]] = []
@@ -341,7 +352,7 @@ class Training:
             resumed = number == first and checkpoint.exists()
             if stage.prepare is not None and not resumed:
                 stage.network.to(self.device)
-                stage.prepare(self._plain_batches())
+                stage.prepare(self._plain_batches(self.labelled[stage.split]))
             state = self._begin(stage, number, start, loss, evaluations)
             if resumed:
                 state.load(checkpoint)
@@ -368,13 +379,14 @@ class Training:
         e, learner = self.e, state.learner
         ddp = self.accelerator.prepare(learner) if self.world > 1 else learner
         span = {"start": state.step, "stop": stop, "rank": self.rank, "world": self.world}
-        weights = stage.sampling(stats.class_presence(self.labelled_set)) if stage.sampling is not None else None
-        order = BatchOrder(self.labelled, e.batch_size, e.seed, weights=weights, **span)
-        batches = iter(loader(self.train_set, order, workers=self.workers))
+        labelled = self.labelled[stage.split]
+        weights = stage.sampling(stats.class_presence(labelled.own_size)) if stage.sampling is not None else None
+        order = BatchOrder(labelled.indices, e.batch_size, e.seed, weights=weights, **span)
+        batches = iter(loader(labelled.images, order, workers=self.workers))
         others = None
         if self.unlabelled:
             order = BatchOrder(self.unlabelled, e.batch_size, e.seed + 1, **span)
-            others = iter(loader(self.train_set, order, workers=self.workers))
+            others = iter(loader(self.labelled["train"].images, order, workers=self.workers))
         self.bar.update(state.step - self.bar.n)
         losses = [m for m in learner.criterion.modules() if isinstance(m, PixelLoss)]
         for step in range(state.step, stop):
@@ -424,12 +436,11 @@ class Training:
             for buffer in network.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The labelled training images, once, in order, as they are."""
-        for first in range(0, len(self.labelled), self.e.batch_size):
-            batch = self._to_device(
-                collate([self.train_set[i] for i in self.labelled[first : first + self.e.batch_size]])
-            )
+    def _plain_batches(self, labelled: Labelled) -> Iterator[tuple[Tensor, Tensor]]:
+        """The labelled images, once, in order, as they are."""
+        for first in range(0, len(labelled.indices), self.e.batch_size):
+            chosen = labelled.indices[first : first + self.e.batch_size]
+            batch = self._to_device(collate([labelled.images[i] for i in chosen]))
             yield batch.image.float() / 255, batch.label.long()
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -521,13 +532,25 @@ def evaluation_set(
     experiment: Experiment, split: str, data_root: str | os.PathLike[str] | None = None
 ) -> SegmentationDataset:
     """A split as a run is evaluated on it: images at the network's size, labels at their own."""
-    e = experiment
-    training_only = ("images", "border_noise")  # fewer images and noisy labels are for training
-    options = {k: v for k, v in e.data_options.items() if k not in training_only}
-    dataset = data.load(e.dataset, split, data_root, **options)
+    e, dataset = experiment, _held_out(experiment, split, data_root)
     if e.eval_images is not None and e.eval_images < len(dataset):
         dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, e.eval_images).round().astype(int).tolist())
     return Resized(dataset, e.size, resize_labels=False) if e.size else dataset
+
+
+def _held_out(e: Experiment, split: str, data_root: str | os.PathLike[str] | None) -> SegmentationDataset:
+    training_only = ("images", "border_noise")  # fewer images and noisy labels are for training
+    options = {k: v for k, v in e.data_options.items() if k not in training_only}
+    return data.load(e.dataset, split, data_root, **options)
+
+
+def _labelled(split: SegmentationDataset, e: Experiment, indices: list[int] | None = None) -> Labelled:
+    """indices: of the images that have labels; None: all"""
+    images = in_memory_if_small(Resized(split, e.size, resize_labels=True) if e.size else split)
+    own_size = split if e.size else images
+    if indices is None:
+        return Labelled(images, list(range(len(split))), own_size)
+    return Labelled(images, indices, Subset(own_size, indices))
 
 
 def _shares(e: Experiment, images: int) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.neighbors import NearestCentroid
 from tiny import COUNTS, C, D, batch, same, snapshot, tiny_network, train_steps
 
@@ -121,6 +123,36 @@ def test_crt_and_bound_reach_one_optimum():
         optimizer.step(closure)
         ends.append(closure().item())
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+
+
+def test_the_bound_weighs_the_pixels_of_the_split_it_learns_from(network):
+    (stage,) = balanced_bound(network, COUNTS, split="val")
+    batches = [batch(seed=s) for s in range(3)]
+    stage.prepare(batches)
+    targets = torch.cat([target for _, target in batches])
+    n = torch.tensor([(targets == k).sum() for k in range(C)], dtype=torch.float64)
+    expected = 1 / n * n.sum() / C  # mean 1 over the pixels
+    torch.testing.assert_close(stage.criterion.loss.weight.double(), expected, rtol=1e-6, atol=0)
+    assert (stage.split, balanced_bound(network, COUNTS)[0].split) == ("val", "train")
+
+
+def test_the_bound_learns_from_the_images_of_its_split(folder):
+    root = folder(train=4, val=2, test=2, size=(32, 32))
+    for path in (root / "val/labels").glob("*.png"):
+        Image.fromarray(np.full((32, 32), 2, dtype=np.uint8)).save(path)
+    base = Experiment(
+        dataset=str(root), architecture="Linknet", encoder="tu-mobilenetv3_small_050",
+        method="balanced_bound", batch_size=2, steps=40, lr=0.1,
+    )  # fmt: skip
+    predicted = {
+        split: train.fit(dataclasses.replace(base, hyper={"split": split})).confusion("test").sum((0, 1))
+        for split in ("train", "val")
+    }
+    assert predicted["val"][2] == predicted["val"].sum(), "val has one class only"
+    assert predicted["train"][2] < predicted["train"].sum()
+    shutil.rmtree(root / "val")
+    with pytest.raises(UserError, match="val"):
+        train.fit(dataclasses.replace(base, seed=1, hyper={"split": "val"}))
 
 
 def test_lws_starts_as_the_finished_network_and_scales_its_logits(network):
@@ -490,7 +522,7 @@ def test_undersampling_is_cross_entropy_of_the_kept_pixels(network):
     [
         (crt, {"balance": "sample"}, "balance must be 'sampling' or 'weights', got 'sample'"),
         (crt, {"balanc": "weights"}, "did you mean 'balance'"),
-        (balanced_bound, {"tau": 1.0}, "there is no hyper-parameter, got tau"),
+        (balanced_bound, {"tau": 1.0}, "unknown hyper-parameter 'tau': choose one of split"),
         (crt, {"samples": 0}, "samples must be >= 1, got 0"),
         (lws, {"balance": "none"}, "got 'none'"),
         (lws, {"samples": -5}, "got -5"),

@@ -28,6 +28,7 @@ class Stage:
                (B, 3, H, W) float in [0, 1] and target (B, H, W) int64, on the training device
     sampling:  which classes each labelled image contains, (N, C) bool, -> weights (N,) in proportion to which images
                are drawn with replacement; None: every image once per epoch
+    split:     of the data set, whose labelled images it learns from
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     frozen: tuple[nn.Module, ...] = ()
     prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], None] | None = None
     sampling: Callable[[Tensor], Tensor] | None = None
+    split: str = "train"
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,34 @@ def crt(
 
 
 @checked
-def balanced_bound(network: SegmentationNetwork, counts: ClassCounts) -> list[Stage]:
+def balanced_bound(
+    network: SegmentationNetwork, counts: ClassCounts, *, split: Literal["train", "val"] = "train"
+) -> list[Stage]:
     """DisAlign's bound, the classifier re-trained on balanced data, for segmentation, where no such data exist:
-    re-trained on all training pixels, weighted by 1/n_k (scaled to mean 1 over the training pixels).
+    re-trained on all pixels of a split, weighted by 1/n_k (scaled to mean 1 over these pixels).
 
-    For a linear classifier the problem is convex. So it differs from `crt` with balance="weights" only in its start,
-    the finished classifier, and reaches the same optimum: it says how far cRT was from converging, not more.
+    split: "train", the images that the features were learnt from. For a linear classifier the problem is convex: it
+        then differs from `crt` with balance="weights" only in its start, the finished classifier, and reaches the same
+        optimum, so it says how far cRT was from converging, not more. "val", labelled images that the first stage has
+        not seen, with their own counts: scores on the split `val` are then those of training images.
+    Raises UserError for another split; training does for a data set that lacks it.
     """
-    return [Stage("balanced_bound", network, balanced_criterion(counts, "weights"), frozen=before_classifier(network))]
+    criterion = balanced_criterion(counts, "weights")
+
+    def count(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        found = pixel_counts((target for _, target in batches), counts.num_classes)
+        criterion.load_state_dict(balanced_criterion(found, "weights").state_dict())
+
+    return [
+        Stage(
+            "balanced_bound",
+            network,
+            criterion,
+            frozen=before_classifier(network),
+            prepare=None if split == "train" else count,
+            split=split,
+        )
+    ]
 
 
 @checked
@@ -270,6 +290,13 @@ def balanced_criterion(counts: ClassCounts, balance: Balance, samples: int = 1) 
     if choose("balance", balance, ("sampling", "weights")) == "sampling":
         return BalancedSampling(counts.num_classes, samples)
     return PixelCriterion(build_loss("weighted_ce", counts, normalisation="pixel"))
+
+
+def pixel_counts(targets: Iterable[Tensor], num_classes: int) -> ClassCounts:
+    """Counts of label maps (B, H, W) integer."""
+    maps = (label for target in targets for label in target)
+    counts = torch.stack([label[label != IGNORE_INDEX].bincount(minlength=num_classes).cpu() for label in maps])
+    return ClassCounts(counts.sum(0), (counts > 0).sum(0))
 
 
 def before_classifier(network: SegmentationNetwork) -> tuple[nn.Module, ...]:
