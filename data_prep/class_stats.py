@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from data_prep.install import TableSet, csv_bytes
 from ltseg_core.config import UserError
-from ltseg_core.stats import COLUMNS
 
 README = """# Class statistics of four public training sets
 
@@ -22,6 +21,7 @@ pixel counts of COCO-Stuff-10K start with an `unlabeled` row, which is dropped h
 """
 SOURCE = "dvlab-research/Parametric-Contrastive-Learning/fe56535ecd716e56a72e75c4e818f2059e557584/GPaCo/Seg"
 STATS, NAMES = f"{SOURCE}/stats", f"{SOURCE}/mmseg/datasets"
+COLUMNS = ("class_index", "class_name", "train_pixels", "train_images")
 NAME_FILES = {
     "ade20k": "ade.py",
     "cityscapes": "cityscapes.py",

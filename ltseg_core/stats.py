@@ -234,6 +234,20 @@ def groups(
     return [GROUPS[i] for i in position]
 
 
+def occupied_groups(counts: ClassCounts) -> tuple[list[str], list[int] | None]:
+    """Head, body and tail, each with a class that occurs if three do: `groups` by share where that fills all,
+    else thirds of the occurring classes by falling pixel count.
+
+    The second value is None in the first case, and the cuts of rule "index" in the other (CamVid has no tail class by
+    share); as MEDOE's hyper-parameter `cuts` they give its experts the same groups.
+    """
+    by_share, occurs = groups(counts), (counts.pixels > 0).tolist()
+    if {group for group, present in zip(by_share, occurs, strict=True) if present} == set(GROUPS):
+        return by_share, None
+    cuts = round(sum(occurs) / 3), round(2 * sum(occurs) / 3)
+    return groups(counts, "index", cuts=cuts), list(cuts)
+
+
 def correlation(
     x: np.ndarray | Tensor | Sequence[float],
     y: np.ndarray | Tensor | Sequence[float],

@@ -209,6 +209,20 @@ def test_groups_by_index():
     assert stats.groups(counts_of([9, 0, 0, 0]), "index", cuts=(2, 3)) == ["head", "tail", "tail", "tail"]
 
 
+@given(st.lists(st.integers(0, 10**6), min_size=3, max_size=20).filter(lambda n: np.count_nonzero(n) >= 3))
+def test_occupied_groups_have_classes_that_occur(pixels):
+    counts = counts_of(pixels)
+    names, cuts = stats.occupied_groups(counts)
+    filled = {name for name, n in zip(names, pixels, strict=True) if n}
+    assert filled == set(stats.GROUPS)
+    if cuts is None:
+        assert names == stats.groups(counts)
+    else:
+        assert names == stats.groups(counts, "index", cuts=tuple(cuts))
+        sizes = [sum(1 for name, n in zip(names, pixels, strict=True) if n and name == g) for g in stats.GROUPS]
+        assert max(sizes) - min(sizes) <= 1, "thirds"
+
+
 def test_groups_refuse():
     counts = counts_of([5, 4, 3])
     with pytest.raises(UserError, match="did you mean 'pixel_share'"):
