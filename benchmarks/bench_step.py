@@ -1,7 +1,7 @@
 """Training step of every method against cross-entropy's, interleaved in one run: time, and peak memory.
 
     python benchmarks/bench_step.py [--profile camvid_cpu] [--device cuda] [--rounds 6] [--methods blv pat ...]
-                                    [--out results/step_cost.csv]
+                                    [--out benchmarks/step_cost.csv]
 
 A step is what `train.fit` does: forward, loss, backward, optimiser, at the profile's network, size and precision, on
 random images and labels. On a CPU it is timed in one thread and in processor time (see `ltseg_core.cost`). Stages

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -330,18 +331,34 @@ def histories(runs: Iterable[Run], metric: str = "loss") -> pd.DataFrame:
 
 
 def run_table(runs: Iterable[Run]) -> pd.DataFrame:
-    """Integer counts of runs for `results/`: run, method, seed, split, class_id, class, train_pixels, intersection,
-    target_pixels, predicted_pixels. Any IoU, Acc or precision can be computed from it.
+    """Integer counts of runs for `results/`: run, method, seed, split, class_id, class, train_pixels, train_images,
+    intersection, target_pixels, predicted_pixels. Any IoU, Acc or precision can be computed from it.
     """
     names = ["intersection", "target_pixels", "predicted_pixels"]
     frames = []
     for run in runs:
         rows = run.metrics[run.metrics["metric"].isin(names)]
         wide = rows.pivot(index=["split", "class_id", "class"], columns="metric", values="value").reset_index()
-        wide["train_pixels"] = run.counts().pixels.numpy()[wide["class_id"]]
+        counts = run.counts()
+        wide["train_pixels"] = counts.pixels.numpy()[wide["class_id"]]
+        wide["train_images"] = counts.images.numpy()[wide["class_id"]]
         frames.append(wide.assign(run=run.experiment.key(), method=label(run), seed=run.experiment.seed))
-    columns = ["run", "method", "seed", "split", "class_id", "class", "train_pixels", *names]
+    columns = ["run", "method", "seed", "split", "class_id", "class", "train_pixels", "train_images", *names]
     return pd.concat(frames, ignore_index=True)[columns].astype(dict.fromkeys(names, "int64"))
+
+
+def study(name: str) -> pd.DataFrame:
+    """A `run_table` kept under `results/`, e.g. "camvid_cpu", with iou and acc (fractions, NaN where 0/0).
+
+    Raises UserError for another name, naming the nearest one, and where the package stands without that folder.
+    """
+    folder = Path(__file__).resolve().parents[1] / "results"
+    if not (kept := sorted(path.stem for path in folder.glob("*.csv"))):
+        raise UserError(f"no kept studies in {folder}: they come with the repository, not with the package alone")
+    table = pd.read_csv(folder / f"{choose('study', name, kept)}.csv")
+    with np.errstate(invalid="ignore"):
+        union = table["target_pixels"] + table["predicted_pixels"] - table["intersection"]
+        return table.assign(iou=table["intersection"] / union, acc=table["intersection"] / table["target_pixels"])
 
 
 # ----------------------------------------------------------------------------------------------------- claims

@@ -1,6 +1,7 @@
 """Tables from finished runs: what they contain, and what may not be compared."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -305,7 +306,25 @@ def test_run_table_holds_the_integers(make_run):
     assert table["target_pixels"].tolist() == total.sum(1).tolist()
     assert table["predicted_pixels"].tolist() == total.sum(0).tolist()
     assert table["train_pixels"].tolist() == COUNTS.pixels.tolist()
+    assert table["train_images"].tolist() == COUNTS.images.tolist()
     assert table.iloc[0][["method", "seed", "split", "class"]].tolist() == ["ce", 3, "test", "road"]
+
+
+def test_kept_studies_agree_with_what_is_said_of_them():
+    text = (Path(__file__).parents[1] / "results/README.md").read_text()
+    cells = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|"))
+    rows = {method: scores for method, *scores in cells}
+    table = analysis.study("camvid_cpu").query("split == 'test'")
+    assert set(table["method"]) <= rows.keys()
+    for method, own in table.groupby("method"):
+        fp, fn = (own[column] - own["intersection"] for column in ("predicted_pixels", "target_pixels"))
+        found = metrics.Marginals(*(x.to_numpy(dtype=float) for x in (own["intersection"], fp, fn)))
+        scores = [score(found) for score in (metrics.miou, metrics.macc, metrics.pixel_acc)]
+        assert [f"{100 * x:.1f}" for x in scores] == [cell.split(" ")[0] for cell in rows[method][:3]]
+        np.testing.assert_allclose(own["iou"], metrics.iou(found), rtol=1e-12)
+        np.testing.assert_allclose(own["acc"], metrics.acc(found), rtol=1e-12)
+    with pytest.raises(UserError, match="unknown study 'camvid': did you mean 'camvid_cpu'"):
+        analysis.study("camvid")
 
 
 def test_majority_rule():
