@@ -138,12 +138,10 @@ def _write_sources(folder: Path, executed: Sequence[Notebook], figures: Path) ->
         nb.cells.append(nbformat.v4.new_markdown_cell(_downloads(notebook, figures)))
         write(folder / "notebooks" / notebook.path.name, nbformat.writes(nb))
     write(folder / "index.md", _index(executed))
-    write(
-        folder / "claims.rst",
-        _claims(viz.saved_tables("*_claims", figures, columns=CLAIMS, dtype=str), {n.name for n in executed}),
-    )
-    means = viz.saved_tables("*_means", figures, columns=MEANS)
     texts = {n.name: _text(n) for n in executed}
+    claims = viz.saved_tables("*_claims", figures, columns=CLAIMS, dtype=str)
+    write(folder / "claims.rst", _claims(claims, texts))
+    means = viz.saved_tables("*_means", figures, columns=MEANS)
     write(folder / "methods" / "index.rst", _method_list())
     for name in METHODS:
         write(folder / "methods" / f"{name}.rst", _method(name, means, texts))
@@ -175,12 +173,14 @@ Five papers and their baselines under one protocol. Each question is answered by
 # ------------------------------------------------------------------------- claims and methods, reStructuredText
 
 
-def _claims(tables: Mapping[str, pd.DataFrame], notebooks: Iterable[str]) -> str:
-    """The claims board: how the verdicts fall, then every claim under its paper."""
+def _claims(tables: Mapping[str, pd.DataFrame], texts: Mapping[str, str]) -> str:
+    """The claims board: how the verdicts fall, then every claim under its paper. texts: of the notebooks, by name"""
     if not tables:
         return _title("Claims") + "No claim is judged here yet: run the notebooks (``ltseg run``), then report again."
     board = analysis.claims_board(tables)
-    pages = {name[:2]: f":doc:`{name} </notebooks/{name}>`" for name in notebooks}
+    judging = re.compile("^## The claims$", re.MULTILINE)
+    places = {name: "#the-claims" if judging.search(text) else "" for name, text in texts.items()}
+    pages = {name[:2]: f"`{name} <notebooks/{name}.html{place}>`__" for name, place in places.items()}
     paper = board["paper"].rename("claims of")
     verdicts = list(get_args(analysis.Verdict))
     text = [

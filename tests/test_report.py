@@ -83,7 +83,13 @@ def out(tmp_path_factory):
     cells = new_markdown_cell(first), code("run('balanced_softmax')", {"image/png": PIXEL}, widget)
     write(out / "notebooks", "01_first", *cells, widgets=state)
     table = {"text/html": pd.DataFrame({"x": [1]}, index=["vs"]).to_html()}
-    write(out / "notebooks", "02_second", new_markdown_cell("# What does BLV do?\n\n**It pushes.**"), code("t", table))
+    write(
+        out / "notebooks",
+        "02_second",
+        new_markdown_cell("# What does BLV do?\n\n**It pushes.**"),
+        code("t", table),
+        new_markdown_cell("## The claims"),
+    )
     (out / "figures").mkdir()
     for kind in ("png", "pdf", "svg"):
         (out / f"figures/01_line.{kind}").write_text(f"a {kind}")
@@ -153,7 +159,8 @@ def test_the_board_counts_the_verdicts_and_keeps_every_word(site):
     ):
         assert words in text.replace("found : ", "found: ")
     pages = [link for link in board.links if "notebooks/" in link]
-    assert pages == [f"notebooks/{name}.html" for name in ("02_second", "02_second", "01_first")]
+    second = "notebooks/02_second.html#the-claims"
+    assert pages == [second, second, "notebooks/01_first.html"]
 
 
 @pytest.mark.slow
@@ -220,4 +227,4 @@ def test_a_table_that_is_none_is_refused_and_the_site_stays(tmp_path, name, text
 
 
 def test_without_claims_the_board_says_which_notebook_to_run():
-    assert "ltseg run" in report._claims({}, [])
+    assert "ltseg run" in report._claims({}, {})
