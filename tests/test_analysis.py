@@ -1,6 +1,7 @@
 """Tables from finished runs: what they contain, and what may not be compared."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -121,22 +122,39 @@ def test_per_class_table_is_complete(runs):
     assert set(table["metric"]) == {"iou", "acc"}
 
 
-def test_class_changes(runs):
+def test_class_changes_row_by_row(make_run):
+    """Predictions are permuted, labels kept: IoU falls for some classes and not for others."""
+    before = np.random.default_rng(0).integers(1, 60, (6, 2, 3, 3))
+    before[0, :, 2, 2] = 0  # the first run never finds sign
+    after = np.random.default_rng(1).permuted(before, axis=-1)
+    runs = [make_run(counts, seed=seed) for seed, counts in enumerate(before)]
+    runs += [make_run(counts, seed=seed, method="blv") for seed, counts in enumerate(after)]
     table = analysis.class_changes(runs)
-    assert len(table) == 3 * 3
-    assert set(table["method"]) == {"blv sigma=4"}
-    row = table[(table["seed"] == 1) & (table["class"] == "sign")].iloc[0]
-    before, after = confusions(1).sum(0), confusions(1, better=40).sum(0)
-    for name, score in (("iou", metrics.iou), ("acc", metrics.acc), ("precision", metrics.precision)):
-        assert (row[name], row[f"{name}_before"]) == (score(after)[2], score(before)[2])
-    assert (row["group"], row["train_pixels"], row["more_fp"]) == ("tail", 500, 0)
-    identity = 1 / table["acc"] + table["fp_per_tp"]
-    np.testing.assert_allclose(1 / table["iou"], identity, rtol=1e-12)
-    # IoU falls exactly where a class gains more false positives than it affords; sign has other labels in the two runs
-    same = table[table["class"] != "sign"]
-    assert (same["remark1"] == (same["iou"] >= same["iou_before"])).all()
-    assert (same["remark1"] == (same["more_fp"] <= same["afforded_fp"])).all()
-    with pytest.raises(UserError, match="no runs of the baseline 'focal' among ce, blv sigma=4"):
+    assert list(zip(table["seed"], table["class_id"], strict=True)) == list(np.ndindex(6, 3))
+    assert set(table["method"]) == {"blv"}
+    assert set(table["remark1"]) == {True, False}
+    for row in table.itertuples():
+        (tp, fp, n), (tp2, fp2, n2) = (
+            (int(c[k, k]), int(c[:, k].sum() - c[k, k]), int(c[k].sum()))
+            for k, c in ((row.class_id, counts[row.seed].sum(0)) for counts in (before, after))
+        )
+        assert n == n2
+        assert (row.iou_before, row.acc_before, row.precision_before) == pytest.approx(
+            (tp / (n + fp), tp / n, tp / (tp + fp))
+        )
+        assert (row.iou, row.acc, row.precision) == pytest.approx((tp2 / (n + fp2), tp2 / n, tp2 / (tp2 + fp2)))
+        assert (row.fp_per_tp, row.more_fp) == pytest.approx((fp2 / tp2, fp2 - fp))
+        assert 1 / row.iou == pytest.approx(1 / row.acc + row.fp_per_tp)
+        assert row.remark1 == (Fraction(tp2, n + fp2) >= Fraction(tp, n + fp)) == (row.iou >= row.iou_before)
+        if tp:
+            affordable = Fraction(tp2 - tp, tp) * (n + fp)
+            assert (row.fp_per_tp_before, row.afforded_fp) == pytest.approx((fp / tp, float(affordable)))
+            assert row.remark1 == (fp2 - fp <= affordable) == (row.more_fp <= row.afforded_fp)
+        else:
+            assert (row.seed, row.class_id) == (0, 2)
+            assert np.isnan(row.afforded_fp)
+    assert table.iloc[2][["class", "group", "train_pixels"]].tolist() == ["sign", "tail", 500]
+    with pytest.raises(UserError, match="no runs of the baseline 'focal' among ce, blv"):
         analysis.class_changes(runs, baseline="focal")
 
 
