@@ -248,19 +248,54 @@ def test_correlation_with_frequency():
     np.testing.assert_allclose(limits.to_numpy(dtype=float), expected[1:], atol=1e-12)
 
 
-def test_public_results(tmp_path, real_data):
-    with pytest.raises(UserError, match=r"per_class_results.csv is missing: fetch it with .* data_prep ade20k_stats"):
-        analysis.public_results("ade20k", tmp_path)
-    for name, classes in (("ade20k", 150), ("cityscapes", 19)):
-        table = analysis.public_results(name, real_data)
-        first = table[table["model"] == table["model"][0]].iloc[:classes]
-        counts, names = stats.read_counts(real_data / "class_stats" / f"{name}.csv")
-        assert first["class_id"].tolist() == list(range(classes))
-        assert first["class"].tolist() == names
-        assert first["pixels"].tolist() == counts.pixels.tolist()
-        summary = pd.read_csv(real_data / f"{name}_stats" / "summary.csv").iloc[0]
-        assert 100 * first["iou"].mean() == pytest.approx(summary["miou"], abs=0.01)
-        assert 100 * first["acc"].mean() == pytest.approx(summary["macc"], abs=0.01)
+@pytest.fixture
+def made_up_results(tmp_path):
+    """A data root with results of two models on the three classes of COUNTS, counted from 1 as ADE20K is."""
+    (tmp_path / "ade20k_stats").mkdir()
+    (tmp_path / "class_stats").mkdir()
+    rows = [(model, "ce", "single-scale", k, 10.0 * k, 20.0 * k) for model in ("small", "large") for k in (1, 2, 3)]
+    pd.DataFrame(rows, columns=["model", "method", "protocol", "class_idx", "iou", "acc"]).to_csv(
+        tmp_path / "ade20k_stats" / "per_class_results.csv", index=False
+    )
+    stats.write_counts(tmp_path / "class_stats" / "ade20k.csv", COUNTS, ("road", "car", "sign"))
+    return tmp_path
+
+
+def test_public_results_are_fractions_beside_the_counts_of_their_class(made_up_results):
+    table = analysis.public_results("ade20k", made_up_results)
+    columns = ["protocol", "class_id", "iou", "acc", "pixels", "images"]
+    row = table.set_index(["model", "class"]).loc[("large", "car"), columns]
+    assert row.tolist() == ["single-scale", 1, 0.2, 0.4, 99_500, 40]
+    assert table["class_id"].tolist() == [0, 1, 2] * 2
+
+
+def test_public_results_that_are_missing_or_do_not_fit_are_refused(made_up_results):
+    with pytest.raises(UserError, match="unknown public results 'ade20': did you mean 'ade20k'"):
+        analysis.public_results("ade20", made_up_results)
+    with pytest.raises(
+        UserError, match=r"cityscapes_stats/per_class_results.csv is missing: .* data_prep cityscapes_stats`"
+    ):
+        analysis.public_results("cityscapes", made_up_results)
+    counts = made_up_results / "class_stats" / "ade20k.csv"
+    stats.write_counts(counts, ClassCounts(COUNTS.pixels[:2], COUNTS.images[:2]), ("road", "car"))
+    with pytest.raises(UserError, match=r"results.csv has results of 3 classes, .*ade20k.csv counts of 2"):
+        analysis.public_results("ade20k", made_up_results)
+    counts.unlink()
+    with pytest.raises(UserError, match=r"class_stats/ade20k.csv is missing: .* data_prep class_stats`"):
+        analysis.public_results("ade20k", made_up_results)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("ade20k", 150), ("cityscapes", 19)])
+def test_public_results_have_the_means_that_their_source_reports(real_data, name, classes):
+    table = analysis.public_results(name, real_data)
+    first = table[table["model"] == table["model"][0]].iloc[:classes]
+    counts, names = stats.read_counts(real_data / "class_stats" / f"{name}.csv")
+    assert first["class_id"].tolist() == list(range(classes))
+    assert first["class"].tolist() == names
+    assert first["pixels"].tolist() == counts.pixels.tolist()
+    summary = pd.read_csv(real_data / f"{name}_stats" / "summary.csv").iloc[0]
+    assert 100 * first["iou"].mean() == pytest.approx(summary["miou"], abs=0.01)
+    assert 100 * first["acc"].mean() == pytest.approx(summary["macc"], abs=0.01)
 
 
 def test_one_seed_still_has_an_interval_over_images(make_run):
