@@ -330,6 +330,8 @@ def test_every_kernel_of_a_decoder_of_its_own_is_drawn_anew(architecture):
     experts = Experts(base, 3)
     kernels = {name for name, p in base.decoder.named_parameters() if p.ndim == 4}
     own = [dict(network.decoder.named_parameters()) for network in (base, *experts.others)]
+    assert kernels
+    assert len(own) == 3
     for name in kernels:
         assert not any(torch.equal(a[name], b[name]) for a, b in itertools.combinations(own, 2)), name
 
