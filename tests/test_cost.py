@@ -200,17 +200,30 @@ def test_peak_memory_of_training_repeats_and_holds_what_backward_needs():
 
 
 def test_the_loss_alone_has_the_gradient_of_the_whole_step_and_touches_no_network():
+    """The gradients of what the loss reads, the experts' logits or the logits, and of its own parameters."""
     e, table = ready()
     image, target = batch()
-    for learner, optimizer in table.values():
+    read: list[list[torch.Tensor]] = []
+    for name, (learner, optimizer) in table.items():
+
+        def note(_, arguments, name=name):
+            output = arguments[0]
+            read.append(list(output.experts) if name == "medoe experts" else [output.logits])
+            for tensor in read[-1]:
+                tensor.retain_grad()
+
+        learner.criterion.register_forward_pre_hook(note)
         optimizer.zero_grad()
         torch.manual_seed(3)  # of the dropout
         step = cost.loss_step(learner, e, image, target)
         step()
         assert all(p.grad is None for p in learner.network.parameters())
         own = [p.grad.clone() for p in learner.criterion.parameters()]
+        assert bool(own) is (name == "region_rebalance")
         optimizer.zero_grad()
         torch.manual_seed(3)
         learner(image, target).backward()
-        for grad, parameter in zip(own, learner.criterion.parameters(), strict=True):
-            torch.testing.assert_close(grad, parameter.grad)
+        whole = [p.grad for p in learner.criterion.parameters()] + [tensor.grad for tensor in read[-1]]
+        for alone, expected in zip(own + [tensor.grad for tensor in read[-2]], whole, strict=True):
+            assert expected.any()
+            torch.testing.assert_close(alone, expected)
