@@ -381,7 +381,7 @@ def public_results(name: str, root: str | os.PathLike[str] | None = None) -> pd.
     Columns: model, method, protocol, class_id, class, iou, acc (fractions), pixels, images (of the training set).
     One run of each model: no interval over seeds. Raises UserError if they are not there.
     """
-    choose("public results", name, ("ade20k", "cityscapes"))
+    name = choose("public results", name, ("ade20k", "cityscapes"))
     folder = data_root(root)
     table, counted = folder / f"{name}_stats" / "per_class_results.csv", folder / "class_stats" / f"{name}.csv"
     for path in (table, counted):

@@ -1,6 +1,7 @@
 """Tables from finished runs: what they contain, and what may not be compared."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,9 @@ def test_differences_are_paired_and_their_own_direction(runs):
     assert set(by_class["method"]) == {"blv sigma=4"}
     sign = by_class[(by_class["class"] == "sign") & (by_class["metric"] == "acc")].iloc[0]
     assert (sign["group"], sign["train_pixels"]) == ("tail", 500)
-    a, b = (metrics.acc(confusions(s, x).sum(0))[2] for s in (0,) for x in (40, 0))
-    assert a > b
-    assert sign["low"] > 0
+    better = [np.subtract(*(metrics.acc(confusions(s, x).sum(0))[2] for x in (40, 0))) for s in range(3)]
+    assert sign["value"] == pytest.approx(np.mean(better))
+    assert 0 < sign["low"] < sign["value"] < sign["high"]
     means = analysis.means(runs, baseline="ce", replicates=200).set_index("metric")
     assert means.loc["miou", "value"] == pytest.approx(
         np.mean([metrics.miou(confusions(s, 40).sum(0)) - metrics.miou(confusions(s).sum(0)) for s in range(3)])
@@ -116,28 +117,56 @@ def test_differences_are_paired_and_their_own_direction(runs):
     assert swapped.loc["miou", "high"] == pytest.approx(-means.loc["miou", "low"])
 
 
-def test_per_class_table_is_complete(runs):
-    table = analysis.per_class(runs, replicates=20)
-    assert len(table) == 2 * 3 * 2
-    assert set(table["metric"]) == {"iou", "acc"}
+def test_per_class_scores_are_the_mean_over_seeds(runs):
+    table = analysis.per_class(runs, replicates=20).set_index(["method", "metric", "class"])["value"]
+    counts = {
+        "ce": [confusions(s).sum(0) for s in range(3)],
+        "blv sigma=4": [confusions(s, 40).sum(0) for s in range(3)],
+    }
+    scores = {"iou": metrics.iou, "acc": metrics.acc}
+    assert table.to_dict() == pytest.approx(
+        {
+            (method, name, label): np.mean([score(total)[k] for total in counts[method]])
+            for method in counts
+            for name, score in scores.items()
+            for k, label in enumerate(("road", "car", "sign"))
+        }
+    )
 
 
-def test_class_changes(runs):
+def test_class_changes_row_by_row(make_run):
+    """Predictions are permuted, labels kept: IoU falls for some classes and not for others."""
+    before = np.random.default_rng(0).integers(1, 60, (6, 2, 3, 3))
+    before[0, :, 2, 2] = 0  # the first run never finds sign
+    after = np.random.default_rng(1).permuted(before, axis=-1)
+    runs = [make_run(counts, seed=seed) for seed, counts in enumerate(before)]
+    runs += [make_run(counts, seed=seed, method="blv") for seed, counts in enumerate(after)]
     table = analysis.class_changes(runs)
-    assert len(table) == 3 * 3
-    assert set(table["method"]) == {"blv sigma=4"}
-    row = table[(table["seed"] == 1) & (table["class"] == "sign")].iloc[0]
-    before, after = confusions(1).sum(0), confusions(1, better=40).sum(0)
-    for name, score in (("iou", metrics.iou), ("acc", metrics.acc), ("precision", metrics.precision)):
-        assert (row[name], row[f"{name}_before"]) == (score(after)[2], score(before)[2])
-    assert (row["group"], row["train_pixels"], row["more_fp"]) == ("tail", 500, 0)
-    identity = 1 / table["acc"] + table["fp_per_tp"]
-    np.testing.assert_allclose(1 / table["iou"], identity, rtol=1e-12)
-    # IoU falls exactly where a class gains more false positives than it affords; sign has other labels in the two runs
-    same = table[table["class"] != "sign"]
-    assert (same["remark1"] == (same["iou"] >= same["iou_before"])).all()
-    assert (same["remark1"] == (same["more_fp"] <= same["afforded_fp"])).all()
-    with pytest.raises(UserError, match="no runs of the baseline 'focal' among ce, blv sigma=4"):
+    assert list(zip(table["seed"], table["class_id"], strict=True)) == list(np.ndindex(6, 3))
+    assert set(table["method"]) == {"blv"}
+    assert set(table["remark1"]) == {True, False}
+    for row in table.itertuples():
+        (tp, fp, n), (tp2, fp2, n2) = (
+            (int(c[k, k]), int(c[:, k].sum() - c[k, k]), int(c[k].sum()))
+            for k, c in ((row.class_id, counts[row.seed].sum(0)) for counts in (before, after))
+        )
+        assert n == n2
+        assert (row.iou_before, row.acc_before, row.precision_before) == pytest.approx(
+            (tp / (n + fp), tp / n, tp / (tp + fp))
+        )
+        assert (row.iou, row.acc, row.precision) == pytest.approx((tp2 / (n + fp2), tp2 / n, tp2 / (tp2 + fp2)))
+        assert (row.fp_per_tp, row.more_fp) == pytest.approx((fp2 / tp2, fp2 - fp))
+        assert 1 / row.iou == pytest.approx(1 / row.acc + row.fp_per_tp)
+        assert row.remark1 == (Fraction(tp2, n + fp2) >= Fraction(tp, n + fp)) == (row.iou >= row.iou_before)
+        if tp:
+            affordable = Fraction(tp2 - tp, tp) * (n + fp)
+            assert (row.fp_per_tp_before, row.afforded_fp) == pytest.approx((fp / tp, float(affordable)))
+            assert row.remark1 == (fp2 - fp <= affordable) == (row.more_fp <= row.afforded_fp)
+        else:
+            assert (row.seed, row.class_id) == (0, 2)
+            assert np.isnan(row.afforded_fp)
+    assert table.iloc[2][["class", "group", "train_pixels"]].tolist() == ["sign", "tail", 500]
+    with pytest.raises(UserError, match="no runs of the baseline 'focal' among ce, blv"):
         analysis.class_changes(runs, baseline="focal")
 
 
@@ -231,19 +260,54 @@ def test_correlation_with_frequency():
     np.testing.assert_allclose(limits.to_numpy(dtype=float), expected[1:], atol=1e-12)
 
 
-def test_public_results(tmp_path, real_data):
-    with pytest.raises(UserError, match=r"per_class_results.csv is missing: fetch it with .* data_prep ade20k_stats"):
-        analysis.public_results("ade20k", tmp_path)
-    for name, classes in (("ade20k", 150), ("cityscapes", 19)):
-        table = analysis.public_results(name, real_data)
-        first = table[table["model"] == table["model"][0]].iloc[:classes]
-        counts, names = stats.read_counts(real_data / "class_stats" / f"{name}.csv")
-        assert first["class_id"].tolist() == list(range(classes))
-        assert first["class"].tolist() == names
-        assert first["pixels"].tolist() == counts.pixels.tolist()
-        summary = pd.read_csv(real_data / f"{name}_stats" / "summary.csv").iloc[0]
-        assert 100 * first["iou"].mean() == pytest.approx(summary["miou"], abs=0.01)
-        assert 100 * first["acc"].mean() == pytest.approx(summary["macc"], abs=0.01)
+@pytest.fixture
+def made_up_results(tmp_path):
+    """A data root with results of two models on the three classes of COUNTS, counted from 1 as ADE20K is."""
+    (tmp_path / "ade20k_stats").mkdir()
+    (tmp_path / "class_stats").mkdir()
+    rows = [(model, "ce", "single-scale", k, 10.0 * k, 20.0 * k) for model in ("small", "large") for k in (1, 2, 3)]
+    pd.DataFrame(rows, columns=["model", "method", "protocol", "class_idx", "iou", "acc"]).to_csv(
+        tmp_path / "ade20k_stats" / "per_class_results.csv", index=False
+    )
+    stats.write_counts(tmp_path / "class_stats" / "ade20k.csv", COUNTS, ("road", "car", "sign"))
+    return tmp_path
+
+
+def test_public_results_are_fractions_beside_the_counts_of_their_class(made_up_results):
+    table = analysis.public_results("ade20k", made_up_results)
+    columns = ["protocol", "class_id", "iou", "acc", "pixels", "images"]
+    row = table.set_index(["model", "class"]).loc[("large", "car"), columns]
+    assert row.tolist() == ["single-scale", 1, 0.2, 0.4, 99_500, 40]
+    assert table["class_id"].tolist() == [0, 1, 2] * 2
+
+
+def test_public_results_that_are_missing_or_do_not_fit_are_refused(made_up_results):
+    with pytest.raises(UserError, match="unknown public results 'ade20': did you mean 'ade20k'"):
+        analysis.public_results("ade20", made_up_results)
+    with pytest.raises(
+        UserError, match=r"cityscapes_stats/per_class_results.csv is missing: .* data_prep cityscapes_stats`"
+    ):
+        analysis.public_results("cityscapes", made_up_results)
+    counts = made_up_results / "class_stats" / "ade20k.csv"
+    stats.write_counts(counts, ClassCounts(COUNTS.pixels[:2], COUNTS.images[:2]), ("road", "car"))
+    with pytest.raises(UserError, match=r"results.csv has results of 3 classes, .*ade20k.csv counts of 2"):
+        analysis.public_results("ade20k", made_up_results)
+    counts.unlink()
+    with pytest.raises(UserError, match=r"class_stats/ade20k.csv is missing: .* data_prep class_stats`"):
+        analysis.public_results("ade20k", made_up_results)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("ade20k", 150), ("cityscapes", 19)])
+def test_public_results_have_the_means_that_their_source_reports(real_data, name, classes):
+    table = analysis.public_results(name, real_data)
+    first = table[table["model"] == table["model"][0]].iloc[:classes]
+    counts, names = stats.read_counts(real_data / "class_stats" / f"{name}.csv")
+    assert first["class_id"].tolist() == list(range(classes))
+    assert first["class"].tolist() == names
+    assert first["pixels"].tolist() == counts.pixels.tolist()
+    summary = pd.read_csv(real_data / f"{name}_stats" / "summary.csv").iloc[0]
+    assert 100 * first["iou"].mean() == pytest.approx(summary["miou"], abs=0.01)
+    assert 100 * first["acc"].mean() == pytest.approx(summary["macc"], abs=0.01)
 
 
 def test_one_seed_still_has_an_interval_over_images(make_run):

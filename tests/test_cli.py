@@ -70,7 +70,9 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
         (["stats", "scenes", "-p", "root=."], "'root' is no data option"),
         (["stats", "scenes", "-p", "imagez=30"], "did you mean 'images'"),
         (["report", "--out", "nowhere"], "nowhere/notebooks: run `ltseg run --out"),
-        (["run", "99"], "99"),
+        (["run", "99"], "unknown notebook '99': choose one of 00_start_here, 01_"),
+        (["figures", "99"], "unknown notebook '99': choose one of 00_start_here, 01_"),
+        (["figures", "2_trian"], "did you mean '02_train_and_compare'"),
         (["run", "--profile", "quik"], "did you mean 'quick'"),
     ],
 )

@@ -238,12 +238,13 @@ def test_committed_notebooks_are_as_they_were_run(path):
     assert check_published(path) is None
 
 
-def test_the_readme_lists_the_notebooks_with_their_answers():
+def test_the_readme_lists_the_notebooks_with_their_answers_and_times():
     table = (REPOSITORY / "README.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| [")]
-    found = [(name.partition("]")[0].lstrip("["), question, answer) for name, question, answer, _ in rows]
+    found = [(name.partition("]")[0].lstrip("["), *rest) for name, *rest in rows]
     listed = notebooks(REPOSITORY / "notebooks")
-    assert found == [(n.name, n.question, n.answer) for n in listed]
+    times = [f"{json.loads(n.path.read_text())['metadata']['ltseg']['wall_s']} s" for n in listed]
+    assert found == [(n.name, n.question, n.answer, time) for n, time in zip(listed, times, strict=True)]
     assert all(n.answer for n in listed)
 
 

@@ -14,12 +14,39 @@ from ltseg_core import cost, train
 from ltseg_core.config import Experiment
 
 CPU = torch.device("cpu")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=NEEDS_CUDA)]
+FLOATS = 2**15  # 128 KiB, which the allocator of a GPU neither rounds nor takes from a block it cannot split
+SCALARS = 2048  # bytes: a GPU's allocator gives a number 512
 METHODS = {name: {} for name in ("ce", "region_rebalance", "disalign", "crt", "lws")} | {"medoe": {"shares": [0.01]}}
 
 
 def test_time_spent_waiting_is_not_processor_time():
     asleep, busy = cost.seconds(lambda: time.sleep(0.2), CPU), cost.seconds(lambda: sum(range(10_000_000)), CPU)
     assert asleep < 0.05 < busy
+
+
+@NEEDS_CUDA
+def test_time_on_a_gpu_is_that_of_the_work_alone_and_of_all_of_it():
+    device, queued = torch.device("cuda"), []
+    x = torch.randn(4096, 4096, device=device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def step():
+        start = time.perf_counter()
+        begin.record()
+        for _ in range(30):
+            x @ x
+        end.record()
+        queued.append(time.perf_counter() - start)
+
+    cost.seconds(step, device)  # loads the kernels
+    found = cost.seconds(step, device)
+    on_the_device = begin.elapsed_time(end) / 1000
+    assert found > 0.99 * on_the_device
+    assert on_the_device > 2 * queued[-1], "the step did not run ahead of the device"
+    step()
+    assert cost.seconds(lambda: None, device) < on_the_device / 2, "the work before belongs to another step"
 
 
 @pytest.fixture
@@ -83,23 +110,25 @@ def test_the_interval_covers_the_median_of_skewed_times():
     assert ((limits[:, 0] <= 1) & (limits[:, 1] >= 1)).mean() >= 0.93
 
 
-def test_peak_memory_of_known_allocations():
-    n = 100_000
-
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_peak_memory_of_known_allocations(device):
     def step():
-        x = torch.ones(n)
+        x = torch.ones(FLOATS, device=device)
         y = torch.cat([x, x])
         del x
-        return torch.cat([y, y, y[:n]])
+        return torch.cat([y, y, y[:FLOATS]])
 
-    assert 0 <= cost.peak_bytes(step, CPU) - 4 * 7 * n < 200
-    assert cost.peak_bytes(lambda: None, CPU) == 0
+    kept = torch.ones(FLOATS, device=device)  # what was there before does not count
+    assert 0 <= cost.peak_bytes(step, device) - 4 * 7 * FLOATS < SCALARS
+    assert cost.peak_bytes(lambda: None, device) == 0
+    assert kept.all()
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("depth", [1, 4, 9])
-def test_peak_memory_of_a_backward_pass(depth):
+def test_peak_memory_of_a_backward_pass(device, depth):
     """exp keeps its result for the backward pass; going back, one gradient more is there than results are gone."""
-    x = torch.zeros(50_000, requires_grad=True)
+    x = torch.zeros(FLOATS, device=device, requires_grad=True)
 
     def chain():
         y = x
@@ -107,8 +136,8 @@ def test_peak_memory_of_a_backward_pass(depth):
             y = y.exp()
         return y.sum()
 
-    peak = cost.peak_bytes(lambda: torch.autograd.grad(chain(), x), CPU)
-    assert 0 <= peak - (depth + 1) * x.nbytes < 200
+    peak = cost.peak_bytes(lambda: torch.autograd.grad(chain(), x), device)
+    assert 0 <= peak - (depth + 1) * x.nbytes < SCALARS
 
 
 def ready(names=METHODS):
@@ -171,17 +200,30 @@ def test_peak_memory_of_training_repeats_and_holds_what_backward_needs():
 
 
 def test_the_loss_alone_has_the_gradient_of_the_whole_step_and_touches_no_network():
+    """The gradients of what the loss reads, the experts' logits or the logits, and of its own parameters."""
     e, table = ready()
     image, target = batch()
-    for learner, optimizer in table.values():
+    read: list[list[torch.Tensor]] = []
+    for name, (learner, optimizer) in table.items():
+
+        def note(_, arguments, name=name):
+            output = arguments[0]
+            read.append(list(output.experts) if name == "medoe experts" else [output.logits])
+            for tensor in read[-1]:
+                tensor.retain_grad()
+
+        learner.criterion.register_forward_pre_hook(note)
         optimizer.zero_grad()
         torch.manual_seed(3)  # of the dropout
         step = cost.loss_step(learner, e, image, target)
         step()
         assert all(p.grad is None for p in learner.network.parameters())
         own = [p.grad.clone() for p in learner.criterion.parameters()]
+        assert bool(own) is (name == "region_rebalance")
         optimizer.zero_grad()
         torch.manual_seed(3)
         learner(image, target).backward()
-        for grad, parameter in zip(own, learner.criterion.parameters(), strict=True):
-            torch.testing.assert_close(grad, parameter.grad)
+        whole = [p.grad for p in learner.criterion.parameters()] + [tensor.grad for tensor in read[-1]]
+        for alone, expected in zip(own + [tensor.grad for tensor in read[-2]], whole, strict=True):
+            assert expected.any()
+            torch.testing.assert_close(alone, expected)

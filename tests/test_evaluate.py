@@ -29,6 +29,7 @@ def test_logits_are_the_network_s_at_the_size_of_the_label():
     network, dataset = tiny_network().train(), Pictures()
     found = list(evaluate.logit_maps(network, dataset, range(7), batch_size=3))
     assert network.training, "the network must be as it was"
+    assert len(found) == 7
     network.eval()
     for i, (logits, label) in enumerate(found):
         image, expected_label = dataset[i]
@@ -42,10 +43,12 @@ def test_logits_are_the_network_s_at_the_size_of_the_label():
 
 def test_predictions_are_the_largest_logits_and_the_first_of_equals():
     network, dataset = tiny_network(), Pictures()
-    pairs = (f(network, dataset, range(7)) for f in (evaluate.logit_maps, evaluate.predictions))
-    for (logits, _), (predicted, _) in zip(*pairs, strict=True):
+    maps, predictions = (list(f(network, dataset, range(7))) for f in (evaluate.logit_maps, evaluate.predictions))
+    assert len(maps) == 7
+    for (logits, _), (predicted, _) in zip(maps, predictions, strict=True):
         assert torch.equal(predicted.long(), logits.argmax(0))
         assert predicted.dtype == torch.uint8
+    assert any(predicted.any() for predicted, _ in predictions)
     torch.nn.init.zeros_(network.classifier.weight)
     torch.nn.init.constant_(network.classifier.bias, 1.0)
     assert not any(predicted.any() for predicted, _ in evaluate.predictions(network, dataset, range(7)))
@@ -53,6 +56,7 @@ def test_predictions_are_the_largest_logits_and_the_first_of_equals():
 
 def test_what_is_read_of_the_output_can_be_chosen():
     network, dataset = tiny_network(), Pictures()
-    twice = evaluate.logit_maps(network, dataset, [1, 2], read=lambda o: torch.cat([o.logits, -o.logits], 1))
+    twice = list(evaluate.logit_maps(network, dataset, [1, 2], read=lambda o: torch.cat([o.logits, -o.logits], 1)))
+    assert len(twice) == 2
     for (both, _), (logits, _) in zip(twice, evaluate.logit_maps(network, dataset, [1, 2]), strict=True):
         assert torch.equal(both, torch.cat([logits, -logits]))

@@ -291,7 +291,19 @@ def test_refused_values():
 # ------------------------------------------------------------------------------------------------------ t-SNE
 
 
-def test_maps_start_alike_and_keep_neighbours():
+def test_maps_start_from_the_first_space():
+    """A space turned by 180 degrees has the same neighbours, but its own plane of largest variance is turned too."""
+    x, _ = cloud(0, n=60, dim=6)
+    alone = {name: features.tsne({name: space}, perplexity=10)[name] for name, space in (("x", x), ("turned", -x))}
+    assert not np.allclose(alone["x"], alone["turned"], atol=1)
+    for first, second in (("x", "turned"), ("turned", "x")):
+        spaces = {"x": x, "turned": -x}
+        maps = features.tsne({name: spaces[name] for name in (first, second)}, perplexity=10)
+        assert np.array_equal(maps[first], alone[first])
+        assert np.array_equal(maps[second], alone[first]), "started from its own plane"
+
+
+def test_maps_keep_neighbours():
     x, labels = cloud(0, n=90, dim=6)
     x = x + 30 * np.eye(6)[labels]
     maps = features.tsne({"a": x, "b": 7 * x, "c": x @ np.diag([1, 1, 1, 1, 1, 3])}, perplexity=10)
@@ -302,3 +314,11 @@ def test_maps_start_alike_and_keep_neighbours():
     assert purity(maps["c"].astype(float), labels, neighbours=5).mean() == 1
     with pytest.raises(ValueError, match="the same pixels in every space"):
         features.tsne({"a": x, "b": x[:-1]})
+
+
+@pytest.mark.parametrize("points", [12, 13])
+def test_a_perplexity_takes_more_points(points):
+    x = np.random.default_rng(0).normal(size=(points, 3))
+    with pytest.raises(ValueError, match=rf"perplexity.*13.*must be less than.*{points}"):
+        features.tsne({"a": x}, perplexity=13)
+    assert np.isfinite(features.tsne({"a": x}, perplexity=points - 1)["a"]).all()

@@ -294,7 +294,9 @@ def test_the_shared_part_has_the_gradient_of_expert_1_alone(share):
     found = gradients(stage)
     everyone = gradients(build(network(), COUNTS, share=share, shared_gradient="all")[0])
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
-    assert all(g is not None and g.any() for name, g in found.items() if name.startswith("others"))
+    others = [g for name, g in found.items() if name.startswith("others")]
+    assert others
+    assert all(g is not None and g.any() for g in others)
     shared = ("base.encoder", "base.decoder") if share == "decoder" else "base.encoder"
     assert all(torch.allclose(everyone[name], g) for name, g in expected.items() if not name.startswith(shared))
     for part in ("encoder", "decoder"):
@@ -330,6 +332,8 @@ def test_every_kernel_of_a_decoder_of_its_own_is_drawn_anew(architecture):
     experts = Experts(base, 3)
     kernels = {name for name, p in base.decoder.named_parameters() if p.ndim == 4}
     own = [dict(network.decoder.named_parameters()) for network in (base, *experts.others)]
+    assert kernels
+    assert len(own) == 3
     for name in kernels:
         assert not any(torch.equal(a[name], b[name]) for a, b in itertools.combinations(own, 2)), name
 

@@ -18,11 +18,14 @@ CASES = [(name, {}) for name in METHODS] + [
     *(("medoe", {"share": share}) for share in ("decoder", "nothing")),
     *(("medoe", {"ensemble": rule}) for rule in ("moe_weighted", "moe_logits", "moe_gate", "group_average")),
     ("medoe", {"l2": "class", "l2_pixels": "own", "kl": "pixel"}),
+    ("medoe", {"softmax": "own"}),
     ("disalign", {"confidence": "conv_bn_relu", "frozen": "code"}),
     ("crt", {"balance": "weights"}),
     ("ldam", {"drw": 0.0}),
+    ("seesaw", {"online": True}),
     ("blv", {"pseudo": True, "temporal": True}),
 ]
+NOTHING_TO_TRAIN = {"tau_norm", "posthoc_logit_adjustment", "ncm"}
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +49,15 @@ def steps(name, options):
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_a_training_step_never_waits_for_the_device(name, options):
     """On `meta` tensors, which have a shape and no values, reading a value or a shape that depends on one fails."""
+    stages = 0
     for learner, loss in steps(name, options):
+        stages += 1
         trainable = [p for p in learner.parameters() if p.requires_grad]
+        assert bool(trainable) is (name not in NOTHING_TO_TRAIN)
         if trainable:
             loss.backward()
             assert any(p.grad is not None for p in trainable)
+    assert stages > 0
 
 
 def test_what_waits_for_the_device_would_be_found():

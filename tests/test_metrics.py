@@ -587,6 +587,8 @@ def test_intervals_refuse():
         interval(a[:, :0])
     with pytest.raises(ValueError, match="replicates must be >= 1, got 0"):
         interval(a, replicates=0)
+    with pytest.raises(ValueError, match="replicates must be >= 1, got 0"):
+        bootstrap(a, metrics.miou, replicates=0)
     with pytest.raises(ValueError, match=r"expected sums of shape \(S, N, ...\), none of them 0, got \(2, 0, 4, 4\)"):
         bootstrap(a[:, :0], metrics.miou)
     with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 1"):

@@ -134,6 +134,7 @@ def test_segnet_finds_the_pooling_positions_of_the_library_encoder():
         layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     with torch.no_grad():
         maps = encoder(torch.rand(1, 3, 64, 64))
+    assert len(seen) == 5  # VGG's
     for before, (entered, left) in zip(maps[:-1], seen, strict=True):
         assert torch.equal(before, entered)
         values, index = F.max_pool2d(before, 2, return_indices=True)

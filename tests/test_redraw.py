@@ -21,7 +21,7 @@ def write(folder, name, *cells, needs=()):
 
 
 @pytest.mark.slow
-def test_redrawn_figures_are_those_of_the_kernels(tmp_path, monkeypatch):
+def test_redrawn_figures_are_those_of_the_kernels(tmp_path):
     folder, runs = tmp_path / "source", tmp_path / "runs"
     write(
         folder,
@@ -31,15 +31,19 @@ def test_redrawn_figures_are_those_of_the_kernels(tmp_path, monkeypatch):
         "y = results.remembered('y', slow)['y']\nfigure, axes = viz.subplots()\naxes[0, 0].plot(y)",
         "viz.save_figure(figure, '01_line')\nviz.save_table(pd.DataFrame({'y': y}), '01_claims')\nfigure",
     )
-    write(folder, "02_fails", "1 / 0", "open('never', 'w')")
+    mark = "open({!r}, 'w')"
+    write(folder, "02_fails", mark.format(str(tmp_path / "before")), "1 / 0", mark.format(str(tmp_path / "after")))
     write(
         folder, "03_reads", "from ltseg_core import viz\nassert list(viz.saved_tables('*_claims'))", needs=["01_draws"]
     )
-    write(folder, "04_needs", needs=["02_fails"])
+    write(folder, "04_needs", mark.format(str(tmp_path / "needs")), needs=["02_fails"])
     places = {"folder": folder, "runs": runs, "show": False}
     collection.run(["01"], out=tmp_path / "out", profile="smoke", **places)
     failed = [redraw(figures=tmp_path / name, profile="smoke", **places) for name in ("first", "second")]
-    assert failed == [{"02_fails": "cell 3: ZeroDivisionError: division by zero"}] * 2
+    assert failed == [{"02_fails": "cell 4: ZeroDivisionError: division by zero"}] * 2
+    assert (tmp_path / "before").exists()
+    assert not (tmp_path / "after").exists(), "a cell after one that failed"
+    assert not (tmp_path / "needs").exists(), "a notebook whose needs failed"
     assert (tmp_path / "called").read_text() == "x", "computed by the kernel, read by the others"
     names = sorted(p.name for p in (tmp_path / "first").iterdir())
     assert names == ["01_claims.csv", "01_line.pdf", "01_line.png", "01_line.svg"]

@@ -307,6 +307,19 @@ def test_refused_before_training(tiny, changes, message):
         fit(tiny(**changes))
 
 
+@pytest.mark.parametrize("train_one", [fit, lambda e: fit_all([e])[0]], ids=["fit", "fit_all"])
+def test_where_training_is_forbidden_only_finished_runs_are_returned(tiny, tmp_path, monkeypatch, train_one):
+    run, folder = fit(tiny()), tmp_path / "runs"
+    monkeypatch.setenv("LTSEG_TRAIN", "0")
+    assert train_one(tiny()) == run
+    message = (
+        rf"no finished run of blv on {run.experiment.dataset} \(seed 3\) in {folder}, .*LTSEG_TRAIN=0.*`ltseg run`"
+    )
+    with pytest.raises(UserError, match=message):
+        train_one(tiny(method="blv", seed=3))
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == [run.path.name], "nothing was begun"
+
+
 @pytest.mark.parametrize("blocked", ["runs", "runs/{}.partial", "runs/{}.lock/", "runs/{}.partial/log.txt/"])
 def test_what_cannot_be_written_is_named(tiny, tmp_path, blocked):
     """A file where a folder should be, and the reverse."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,13 +97,18 @@ COLOUR_BLIND = [  # Machado et al. 2009, severity 1: protanopia, deuteranopia
 ]
 
 
+def seen_distances(colours: Sequence[str], matrix: list[list[float]]) -> np.ndarray:
+    """How far apart each two of N colours are for a colour-blind reader, (N, N); inf from a colour to itself."""
+    rgb = np.array([to_rgb(colour) for colour in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(matrix).T, 0, 1) ** (1 / 2.4)
+    return np.linalg.norm(seen[:, None] - seen[None], axis=-1) + np.diag([np.inf] * len(rgb))
+
+
 @pytest.mark.parametrize("matrix", COLOUR_BLIND)
 def test_the_main_methods_differ_for_colour_blind_readers(matrix: list[list[float]]) -> None:
-    colours = np.array([to_rgb(viz.method_colour(name)) for name in list(viz.METHOD_LABELS)[:7]])
-    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
-    seen = np.clip(linear @ np.array(matrix).T, 0, 1) ** (1 / 2.4)
-    distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
-    assert distance[~np.eye(7, dtype=bool)].min() > 0.1
+    colours = [viz.method_colour(name) for name in list(viz.METHOD_LABELS)[:7]]
+    assert seen_distances(colours, matrix).min() > 0.1
 
 
 def test_groups_and_the_first_methods_keep_their_order_in_grey() -> None:
@@ -290,17 +295,11 @@ def test_error_colours_say_what_the_map_says() -> None:
     assert picture[1, 1].tolist() == [255] * 4
 
 
-def test_error_colours_differ_in_grey_and_for_colour_blind_readers() -> None:
-    faded = ["#cccccc", "#ebebeb"]  # darkest and lightest of the image below the errors
-    colours = [*viz.ERROR_COLOURS.values(), *faded]
-    grey = np.sort([luminance(c) for c in colours[:4]])
-    assert np.diff(grey).min() > 0.08
-    rgb = np.array([to_rgb(c) for c in colours])
-    for matrix in COLOUR_BLIND:
-        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-        seen = np.clip(linear @ np.array(matrix).T, 0, 1) ** (1 / 2.4)
-        distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)[:3]
-        assert distance[distance > 0].min() > 0.25
+@pytest.mark.parametrize("matrix", COLOUR_BLIND)
+def test_error_colours_differ_in_grey_and_for_colour_blind_readers(matrix: list[list[float]]) -> None:
+    errors, faded = list(viz.ERROR_COLOURS.values()), ["#cccccc", "#ebebeb"]  # darkest and lightest of the image below
+    assert np.diff(np.sort([luminance(c) for c in [*errors, faded[0]]])).min() > 0.08
+    assert seen_distances([*errors, *faded], matrix)[: len(errors)].min() > 0.25
 
 
 # ------------------------------------------------------------------------------------------------- statistics
@@ -472,8 +471,16 @@ def test_map_of_changes() -> None:
         assert texts[2, 0].get_text() == "+12"
         assert [texts[place].get_weight() for place in ((2, 0), (0, 0))] == ["normal", "bold"]
         assert not any(x == 1 for x, _ in texts)  # nothing stands where there is no score
-    many = viz.plot_delta_map(score_table(30, ("blv",)))[0]
-    assert {t.get_text() for t in many.texts if t.get_fontsize() == 6.5} <= {"+", "−"}
+
+
+def test_map_of_changes_of_many_classes_marks_the_sign_of_what_is_sure() -> None:
+    table = score_table(30, ("blv",))
+    for ax, metric in zip(viz.plot_delta_map(table), ("iou", "acc"), strict=True):
+        rows = table[table["metric"] == metric].sort_values("train_pixels", ascending=False)
+        signs = ["+" if low > 0 else "−" if high < 0 else None for low, high in rows[["low", "high"]].to_numpy()]
+        assert set(signs) == {"+", "−", None}
+        shown = {t.get_position(): t.get_text() for t in ax.texts if isinstance(t.get_position()[0], int)}
+        assert shown == {(x, 0): sign for x, sign in enumerate(signs) if sign}
 
 
 def test_means_stand_at_their_metric_with_their_intervals() -> None:
