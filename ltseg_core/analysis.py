@@ -318,6 +318,7 @@ def beside_paper(differences: pd.DataFrame, printed: pd.Series, metric: str = "m
 
 
 def _signed(value: float, low: float, high: float) -> str:
+    """In points."""
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
@@ -476,7 +477,9 @@ class Comparison(NamedTuple):
 class Measured(NamedTuple):
     """One testable part of a claim that is no difference of two means of `means`: any number with its interval.
 
-    what: in words;  limits: value, low, high, fractions;  seeds: with a single one the claim stays open
+    what: in words;  limits: value, low, high;  seeds: with a single one the claim stays open
+    points: the limits are fractions, and read in percentage points; otherwise they read as they are, `what` says in
+        which unit
     """
 
     what: str
@@ -484,6 +487,7 @@ class Measured(NamedTuple):
     seeds: int
     expected: Direction = "positive"
     margin: float = 0.0
+    points: bool = True
 
 
 def judge(
@@ -544,9 +548,14 @@ def _test(
 
 
 def _decide(
-    what: str, limits: tuple[float, float, float], seeds: int, expected: Direction, margin: float
+    what: str,
+    limits: tuple[float, float, float],
+    seeds: int,
+    expected: Direction,
+    margin: float,
+    points: bool = True,
 ) -> tuple[str, Verdict]:
-    text = f"{what}: {_signed(*limits)}"
+    text = f"{what}: " + (_signed(*limits) if points else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*limits))
     if seeds == 1:
         return f"{text} (one seed)", "open"
     return text, verdict(*limits[1:], expected, margin=margin)

@@ -442,14 +442,18 @@ def test_judged_claims(runs, make_run):
             "DIS-02": [better._replace(metric="body acc")],
             "MED-26": [analysis.Measured("over-confidence", (-0.012, -0.02, -0.004), 3, "negative"), better],
             "MED-12": [analysis.Measured("head", (0.0, -0.001, 0.001), 1, "equal", 0.01)],
+            "MED-25": [analysis.Measured("nearer, in pixels", (-12.34, -20.0, -4.5), 3, "negative", points=False)],
         },
         replicates=200,
     )
-    verdicts = {"BLV-01": "supported", "BLV-02": "supported", "BLV-03x": "contradicted", "MED-26": "supported"}
+    verdicts = {"BLV-01": "supported", "BLV-02": "supported", "BLV-03x": "contradicted"} | dict.fromkeys(
+        ("MED-25", "MED-26"), "supported"
+    )
     still_open = ["PAT-02", "MED-03", "BLV-04", "DIS-02", "MED-12"]
     assert table["verdict"].to_dict() == verdicts | dict.fromkeys(still_open, "open")
     assert table.loc["MED-26", "found"].startswith("over-confidence: -1.2 [-2.0, -0.4]; ")
     assert table.loc["MED-12", "found"] == "head: +0.0 [-0.1, +0.1] (one seed)"
+    assert table.loc["MED-25", "found"] == "nearer, in pixels: -12.34 [-20.00, -4.50]"
     assert table.loc["BLV-01", "statement"].startswith("BLV improves fully supervised mIoU")
     assert "one seed" in table.loc["PAT-02", "found"]
     assert "not run here" in table.loc["MED-03", "found"]
