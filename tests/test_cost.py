@@ -2,9 +2,11 @@
 
 import itertools
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import binom
@@ -227,3 +229,15 @@ def test_the_loss_alone_has_the_gradient_of_the_whole_step_and_touches_no_networ
         for alone, expected in zip(own + [tensor.grad for tensor in read[-2]], whole, strict=True):
             assert expected.any()
             torch.testing.assert_close(alone, expected)
+
+
+def test_the_table_of_step_costs_is_that_of_the_kept_measurement():
+    folder = Path(__file__).parents[1] / "benchmarks"
+    kept = pd.read_csv(folder / "step_cost.csv", index_col="step")
+    cells = (line.strip("| ").split(" | ") for line in (folder / "README.md").read_text().splitlines())
+    said = {step: rest for step, *rest in cells if step in kept.index}
+    mib = ((kept["peak_bytes"] - kept.loc["ce", "peak_bytes"]) / 2**20).round()
+    for step, row in kept.iterrows():
+        beyond = "" if np.isnan(mib[step]) else f"{mib[step]:.0f}"
+        shown = [f"{row['value']:.2f}", f"{row['low']:.2f}-{row['high']:.2f}", beyond]
+        assert [*said[step], ""][:3] == shown, f"{step}: the table says {said[step]}, step_cost.csv {shown}"
