@@ -24,6 +24,7 @@ from ltseg_core.methods.medoe import (
     Experts,
     LearnedEnsemble,
     SimpleEnsemble,
+    SoftmaxSums,
     build,
     class_groups,
     expert_target,
@@ -171,6 +172,11 @@ def test_alpha_0_is_the_sum_of_the_experts_cross_entropies(sets, softmax):
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
+def mean_p(z, own):
+    """Log of the mean softmax of the valid pixels, as logits of one pixel."""
+    return z.softmax(1).movedim(1, 3)[own != IGNORE_INDEX].mean(0).log().view(1, C, 1, 1)
+
+
 def test_auxiliary_loss_is_added_with_its_weight():
     z, y = logits()
     labels = label_sets(GROUP)
@@ -183,9 +189,10 @@ def test_auxiliary_loss_is_added_with_its_weight():
         for i in range(3):
             own = expert_target(y, labels[i])
             if l2 != "none":
-                extra += outside_norm(z[i], own if pixels == "own" else y, labels[i], l2).item()
+                extra += outside_norm(z[i][:, ~labels[i]], own if pixels == "own" else y, l2).item()
             if kl != "none":
-                extra += prior_divergence(z[i].log_softmax(1), own, labels[i], prior, kl).item()
+                seen = own if kl == "pixel" else torch.zeros(1, 1, 1).long()
+                extra += prior_divergence(z[i] if kl == "pixel" else mean_p(z[i], own), seen, labels[i], prior).item()
         assert criterion(output, y).item() == pytest.approx(plain.item() + 0.3 * extra, rel=1e-12)
         assert extra > 0
 
@@ -194,20 +201,19 @@ def test_outside_norm_equals_loops():
     (z, *_), y = logits()
     outside = [0, 1, 3, 4]
     valid = [(b, u, v) for b, u, v in np.ndindex(*y.shape) if y[b, u, v] != IGNORE_INDEX]
-    labels = label_sets(GROUP)[2]
     by_pixel = [math.sqrt(sum(z[b, k, u, v].item() ** 2 for k in outside)) for b, u, v in valid]
-    assert outside_norm(z, y, labels, "pixel").item() == pytest.approx(np.mean(by_pixel), rel=1e-12)
+    assert outside_norm(z[:, outside], y, "pixel").item() == pytest.approx(np.mean(by_pixel), rel=1e-12)
     by_class = [math.sqrt(np.mean([z[b, k, u, v].item() ** 2 for b, u, v in valid])) for k in outside]
-    assert outside_norm(z, y, labels, "class").item() == pytest.approx(sum(by_class), rel=1e-12)
+    assert outside_norm(z[:, outside], y, "class").item() == pytest.approx(sum(by_class), rel=1e-12)
     for form in ("pixel", "class"):
-        assert outside_norm(z, y, torch.ones(C, dtype=torch.bool), form) == 0
+        assert outside_norm(z[:, []], y, form) == 0
 
 
 def test_prior_divergence_equals_loops():
     (z, *_), y = logits()
-    labels = label_sets(GROUP)[1]
+    labels = label_sets(GROUP)[1:2]
     inside = [0, 2, 3, 5]
-    own = expert_target(y, labels)
+    own = expert_target(y, labels[0])
     q = np.maximum(np.array(PIXELS, dtype=float)[inside], 1)
     q /= q.sum()
     p = z.softmax(1)
@@ -217,20 +223,59 @@ def test_prior_divergence_equals_loops():
         row = row / row.sum()
         return float((row * np.log(row / q)).sum())
 
-    prior = COUNTS.pixels.clamp(min=1).double().log()
-    batch, pixel = (prior_divergence(z.log_softmax(1), own, labels, prior, form).item() for form in ("batch", "pixel"))
+    def loss(**options):
+        criterion = ExpertCriterion(labels, COUNTS, l2="none", **options)
+        return criterion(ExpertOutput(z, z, (z,)), y).item()
+
+    batch, pixel = (loss(alpha=1.0, kl=form) - loss(alpha=0.0) for form in ("batch", "pixel"))
     assert batch == pytest.approx(divergence(rows.mean(0)), rel=1e-10)
     assert pixel == pytest.approx(np.mean([divergence(row) for row in rows]), rel=1e-10)
 
 
-@pytest.mark.parametrize("form", ["batch", "pixel"])
-def test_prior_divergence_is_0_for_the_prior_itself(form):
+def test_prior_divergence_is_0_for_the_prior_itself():
     labels = label_sets(GROUP)[1]
     prior = COUNTS.pixels.clamp(min=1).double().log()
     z = prior.view(1, -1, 1, 1).expand(1, -1, 2, 2) + 3 * ~labels.view(1, -1, 1, 1)  # mass elsewhere does not matter
-    assert prior_divergence(z.log_softmax(1), torch.zeros(1, 2, 2).long(), labels, prior, form).item() == pytest.approx(
-        0, abs=1e-12
+    assert prior_divergence(z, torch.zeros(1, 2, 2).long(), labels, prior).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_the_two_sums_of_a_softmax_and_their_gradient(dtype, exact):
+    (z, *_), y = logits()
+    z = z.to(dtype).requires_grad_()
+    weight = torch.randn(C, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+    def plain(z):
+        log_p = z.log_softmax(1)
+        nll = F.nll_loss(log_p, y, ignore_index=IGNORE_INDEX, reduction="sum")
+        return nll, (log_p.exp() * (y != IGNORE_INDEX).unsqueeze(1)).sum((0, 2, 3))
+
+    found, expected = SoftmaxSums.apply(z, y), plain(z)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=exact, atol=0)
+    for combine in (lambda nll, mass: nll, lambda nll, mass: weight @ mass.log(), lambda nll, mass: nll * mass[1]):
+        (a,), (b,) = (torch.autograd.grad(combine(*sums), z, retain_graph=True) for sums in (found, expected))
+        assert (a - b).abs().max() <= exact * b.abs().max()
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda v: SoftmaxSums.apply(v, y), z)
+    (gradient,) = torch.autograd.grad(weight @ found[1].log(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"l2": "class"}, {"kl": "pixel", "softmax": "own"}])
+def test_mixed_precision_does_not_reach_the_loss(options):
+    z, y = logits()
+    z = [v.bfloat16().requires_grad_() for v in z]
+    criterion, output = (
+        ExpertCriterion(label_sets(GROUP), COUNTS, alpha=0.3, **options),
+        ExpertOutput(z[0], z[0], (*z,)),
     )
+    wide = criterion(output, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = criterion(output, y)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, wide)
 
 
 @pytest.mark.parametrize("options", [{}, {"softmax": "own"}, {"l2": "class", "kl": "pixel", "l2_pixels": "own"}])
@@ -289,7 +334,7 @@ def test_the_shared_part_has_the_gradient_of_expert_1_alone(share):
     start(alone)
     output = alone.network(image)
     criterion = alone.criterion
-    criterion.expert_loss(output.experts[0], target, criterion.labels[0], narrow=False).backward()
+    criterion.expert_loss(output.experts[0], target, criterion.labels[0], torch.tensor([]).long()).backward()
     expected = {name: p.grad for name, p in alone.network.named_parameters() if name.startswith("base.")}
     found = gradients(stage)
     everyone = gradients(build(network(), COUNTS, share=share, shared_gradient="all")[0])

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
 from ltseg_core.losses import (
@@ -271,6 +272,7 @@ class ExpertCriterion(nn.Module):
     """
 
     labels: Tensor
+    order: Tensor
     log_prior: Tensor
 
     def __init__(
@@ -288,44 +290,81 @@ class ExpertCriterion(nn.Module):
         super().__init__()
         self.auxiliary_weight, self.softmax = auxiliary_weight, softmax
         self.alpha, self.l2, self.l2_pixels, self.kl = alpha, l2, l2_pixels, kl
-        self.narrow = (~labels).any(1).tolist()
+        self.numbers_outside = (~labels).sum(1).tolist()  # classes outside each S_i, which come first in `order`
         self.register_buffer("labels", labels)
+        self.register_buffer("order", labels.long().argsort(stable=True, dim=1), persistent=False)
         self.register_buffer("log_prior", class_sizes(counts, "pixel").log())  # up to a constant
 
     def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
-        experts = zip(output.experts, self.labels, self.narrow, strict=True)
-        loss = torch.stack([self.expert_loss(z, target, labels, narrow) for z, labels, narrow in experts]).sum()
+        experts = zip(output.experts, self.labels, self.order, self.numbers_outside, strict=True)
+        loss = torch.stack([self.expert_loss(z, target, labels, o[:n]) for z, labels, o, n in experts]).sum()
         if output.auxiliary is None:
             return loss
         return loss + self.auxiliary_weight * cross_entropy(output.auxiliary, expert_target(target, self.labels[0]))
 
-    def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, narrow: bool) -> Tensor:
-        """L^i for z_i (B, C, H, W), y (B, H, W) and S_i (C,) bool; narrow: S_i is not all classes."""
-        own, logits = expert_target(target.long(), labels), _wide(logits)
-        among_own = log_p = logits.log_softmax(1)
+    def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, outside: Tensor) -> Tensor:
+        """L^i for z_i (B, C, H, W), y (B, H, W), S_i (C,) bool and the other classes (C - |S_i|,) int64."""
+        target, logits = target.long(), _wide(logits)
+        narrow = len(outside) > 0
+        own = expert_target(target, labels) if narrow else target
+        if self.alpha and self.kl == "batch":
+            loss, z, y = cross_entropy_and_mean(logits, own)
+        else:
+            loss, z, y = cross_entropy(logits, own), logits, own
         if self.softmax == "own" and narrow:
-            among_own = logits.masked_fill(~labels.view(1, -1, 1, 1), -math.inf).log_softmax(1)
-        loss = mean_over_valid(F.nll_loss(among_own, own, ignore_index=IGNORE_INDEX, reduction="none"), own)
-        if not self.alpha:
-            return loss
-        auxiliary = loss.new_zeros(())
-        if self.l2 != "none" and narrow:
-            auxiliary = outside_norm(logits, own if self.l2_pixels == "own" else target, labels, self.l2)
-        if self.kl != "none":
-            auxiliary = auxiliary + prior_divergence(log_p, own, labels, self.log_prior, self.kl)
-        return loss + self.alpha * auxiliary
+            loss = cross_entropy(logits.index_fill(1, outside, -math.inf), own)
+        if self.alpha and self.l2 != "none" and narrow:
+            pixels = own if self.l2_pixels == "own" else target
+            loss = loss + self.alpha * outside_norm(logits.index_select(1, outside), pixels, self.l2)
+        if self.alpha and self.kl != "none":
+            loss = loss + self.alpha * prior_divergence(z, y, labels, self.log_prior)
+        return loss
 
 
-def outside_norm(logits: Tensor, target: Tensor, labels: Tensor, form: str = "pixel") -> Tensor:
-    """Norm of the logits of the classes outside S_i over the valid pixels of the target; 0 if there are none.
+def cross_entropy_and_mean(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cross-entropy; the mean softmax of the valid pixels, as logits (1, C, 1, 1) of a single pixel up to a
+    constant; and the target (1, 1, 1) of that pixel: ignored if there are none, else valid."""
+    nll, mass = SoftmaxSums.apply(logits, target)
+    number = (target != IGNORE_INDEX).sum()
+    mean = mass.clamp(min=torch.finfo(mass.dtype).tiny).log().view(1, -1, 1, 1)
+    return nll / number.clamp(min=1), mean, torch.where(number > 0, 0, IGNORE_INDEX).view(1, 1, 1)
 
-    "pixel": 1/|Omega| sum_u sqrt(sum_{k not in S} z_uk^2);  "class": sum_{k not in S} sqrt(1/|Omega| sum_u z_uk^2)
+
+class SoftmaxSums(torch.autograd.Function):
+    """(-sum_u log p_{u,y_u}, sum_u p_uk) over the valid pixels u, p = softmax(z): a scalar and (C,).
+
+    apply(logits (B, C, H, W) float32 or float64, target (B, H, W) int64). All that L_ce^i and the batch's p_i need, in
+    fewer passes over maps of all classes than autograd makes. With the gradients a of the first sum and g of the other,
+    that of z_uk is  p_uk (a + g_k - sum_j g_j p_uj) - a [k = y_u].  It has no second derivative.
     """
-    squares = logits.square()
-    valid, outside = (target != IGNORE_INDEX).to(squares.dtype), (~labels).to(squares.dtype)
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = logits.log_softmax(1)
+        nll = F.nll_loss(log_p, target, ignore_index=IGNORE_INDEX, reduction="sum")
+        p = log_p.exp_().mul_((target != IGNORE_INDEX).unsqueeze(1).to(log_p.dtype))
+        ctx.save_for_backward(p, target)
+        return nll, p.sum((0, 2, 3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor, g: Tensor) -> tuple[Tensor, None]:
+        p, target = ctx.saved_tensors
+        gradient = p * g.view(1, -1, 1, 1)
+        gradient.addcmul_(p, a - gradient.sum(1, keepdim=True))
+        target, valid = target.unsqueeze(1), (target != IGNORE_INDEX).unsqueeze(1)
+        return gradient.scatter_add_(1, target.where(valid, 0), valid * -a), None
+
+
+def outside_norm(logits: Tensor, target: Tensor, form: str = "pixel") -> Tensor:
+    """Norm of logits (B, N, H, W), those of the classes outside S_i, over the valid pixels; 0 if there are none.
+
+    "pixel": 1/|Omega| sum_u sqrt(sum_k z_uk^2);  "class": sum_k sqrt(1/|Omega| sum_u z_uk^2)
+    """
+    squares, valid = logits.square(), (target != IGNORE_INDEX).to(logits.dtype)
     if form == "pixel":
-        return mean_over_valid(_root(torch.einsum("bchw,c->bhw", squares, outside)) * valid, target)
-    return (_root(torch.einsum("bchw,bhw->c", squares, valid) / valid.sum().clamp(min=1)) * outside).sum()
+        return mean_over_valid(_root(squares.sum(1)) * valid, target)
+    return _root((squares * valid.unsqueeze(1)).sum((0, 2, 3)) / valid.sum().clamp(min=1)).sum()
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -334,23 +373,17 @@ def _root(squares: Tensor) -> Tensor:
     return squares.where(positive, 1).sqrt() * positive
 
 
-def prior_divergence(log_p: Tensor, target: Tensor, labels: Tensor, log_prior: Tensor, form: str = "batch") -> Tensor:
-    """KL(p || q) over the classes of S_i, p and q renormalised there; 0 if the target has no valid pixel.
+def prior_divergence(logits: Tensor, target: Tensor, labels: Tensor, log_prior: Tensor) -> Tensor:
+    """Mean over the valid pixels of KL(p || q), softmax p and prior q over the classes of S_i; 0 if there are none.
 
-    log_p: (B, C, H, W), log softmax of the logits
-    p: the mean softmax of the valid pixels ("batch"), or that of each of them, the divergence averaged ("pixel")
+    logits: (B, C, H, W), or what differs from them by a constant of each pixel
     log_prior: (C,), log q up to a constant
     """
     lowest = torch.finfo(torch.float32).min / 4  # -inf would give NaN gradients
-    log_q = log_prior.to(log_p.dtype).masked_fill(~labels, lowest).log_softmax(0)
-    ignored = target == IGNORE_INDEX
-    if form == "batch":
-        p = torch.einsum("bchw,bhw->c", log_p.exp(), (~ignored).to(log_p.dtype))
-        log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log().masked_fill(~labels, lowest).log_softmax(0)
-        return (log_p.exp() * (log_p - log_q)).sum() * (~ignored).any()
-    log_p = log_p.masked_fill(~labels.view(1, -1, 1, 1), lowest).log_softmax(1)
+    log_q = log_prior.to(logits.dtype).masked_fill(~labels, lowest).log_softmax(0)
+    log_p = logits.masked_fill(~labels.view(1, -1, 1, 1), lowest).log_softmax(1)
     divergence = (log_p.exp() * (log_p - per_channel(log_q, log_p))).sum(1)
-    return mean_over_valid(divergence.masked_fill(ignored, 0), target)
+    return mean_over_valid(divergence.masked_fill(target == IGNORE_INDEX, 0), target)
 
 
 # --- stage 2 ---
