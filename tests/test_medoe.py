@@ -397,6 +397,106 @@ def test_expert_1_is_not_disturbed_by_the_others():
     assert torch.equal(plain.encoder.conv.weight, base.encoder.conv.weight)
 
 
+# --- expert 1 before the others ---
+
+
+def stored(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def moved(module, before):
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def learns(module, prefix):
+    """Its parameters, but for the biases before a BatchNorm, which have no gradient."""
+    return {name for name, _ in module.named_parameters() if name.startswith(prefix) and "conv.bias" not in name}
+
+
+@pytest.mark.parametrize("share", ["encoder", "decoder"])
+@pytest.mark.parametrize("ensemble", ["moe_mean", "average"])
+def test_head_first_trains_expert_1_and_then_the_others(share, ensemble):
+    options = {"share": share, "ensemble": ensemble, "ensemble_share": 0.2, "head_share": 0.25}
+    stages = build(with_auxiliary(), COUNTS, order="head_first", **options)
+    assert [stage.name for stage in stages] == ["head", "others", "ensemble"][: len(stages)]
+    shares = {"moe_mean": [0.2, 0.6, 0.2], "average": [0.25, 0.75]}[ensemble]
+    assert [stage.share for stage in stages] == pytest.approx(shares)
+    head, others = stages[:2]
+    experts = others.network if ensemble == "moe_mean" else others.network.experts
+    assert experts.base is head.network.base
+
+    before, calls = stored(experts), []
+    for expert in experts.others:
+        expert.register_forward_pre_hook(lambda *_: calls.append("forward"))
+        expert.decoder.register_forward_pre_hook(lambda *_: calls.append("decoder"))
+        expert.classifier.register_forward_pre_hook(lambda *_: calls.append("classifier"))
+    train(head)
+    assert all(name.startswith("base.") for name in moved(experts, before))
+    assert moved(experts, before) >= learns(experts, "base.")
+    assert not calls
+
+    before, first = stored(experts), []
+    experts.base.classifier.register_forward_pre_hook(lambda *_: first.append("classifier"))
+    experts.base.auxiliary.register_forward_pre_hook(lambda *_: first.append("auxiliary"))
+    if share == "encoder":
+        experts.base.decoder.register_forward_pre_hook(lambda *_: first.append("decoder"))
+    train(others)
+    assert not any(name.startswith("base.") for name in moved(experts, before))  # parameters and statistics
+    assert moved(experts, before) >= learns(experts, "others.")
+    assert set(calls) == {"classifier"} if share == "decoder" else {"classifier", "decoder"}
+    assert not first
+    with torch.no_grad():
+        assert len(others.network.eval()(images()[0]).experts) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"sets": "disjoint", "kl": "pixel"}, {"softmax": "own", "l2": "class"}])
+def test_the_two_losses_of_head_first_are_the_parts_of_the_joint_loss(options):
+    joint = build(network(), COUNTS, **options)[0].criterion
+    head, others = (s.criterion for s in build(network(), COUNTS, order="head_first", **options)[:2])
+    assert torch.equal(torch.cat([head.labels, others.labels]), joint.labels)
+    z, y = logits()
+    each = [ExpertCriterion(joint.labels[i : i + 1], COUNTS, alpha=0.2, **{k: v for k, v in options.items()
+            if k != "sets"})(ExpertOutput(z[i], z[i], (z[i],)), y).item() for i in range(3)]  # fmt: skip
+    assert head(ExpertOutput(z[0], z[0], (z[0],)), y).item() == pytest.approx(each[0], rel=1e-12)
+    assert others(ExpertOutput(z[1], z[1], (*z[1:],)), y).item() == pytest.approx(each[1] + each[2], rel=1e-12)
+    assert joint(ExpertOutput(z[0], z[0], (*z,)), y).item() == pytest.approx(sum(each), rel=1e-12)
+
+
+@pytest.mark.parametrize("share", ["encoder", "decoder"])
+def test_the_stages_of_head_first_have_the_gradients_of_joint_training(share):
+    """At the same weights, and the same statistics of the batch norms."""
+
+    def found(order, number=0):
+        stage = build(network(), COUNTS, share=share, order=order)[number]
+        image, target = images()
+        start(stage)
+        for module in stage.network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        stage.criterion(stage.network(image), target).backward()
+        return {name: p.grad for name, p in stage.network.named_parameters() if p.grad is not None}
+
+    joint, head, others = found("joint"), found("head_first"), found("head_first", 1)
+    assert joint.keys() == head.keys() | others.keys()
+    assert not head.keys() & others.keys()
+    for name, gradient in (head | others).items():
+        torch.testing.assert_close(gradient, joint[name])
+
+
+def test_one_expert_in_either_order_is_plain_cross_entropy():
+    plain = train(build_method("ce", network(), COUNTS, {})[0]).network
+    (stage,) = build(network(), COUNTS, shares=(), alpha=0.0, ensemble="head", order="head_first")
+    pairs = zip(plain.state_dict().values(), train(stage).network.experts.base.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_head_stage_is_plain_cross_entropy_without_the_auxiliary_loss():
+    plain = train(build_method("ce", network(), COUNTS, {})[0]).network
+    head = train(build(network(), COUNTS, alpha=0.0, order="head_first")[0]).network.base
+    pairs = zip(plain.state_dict().values(), head.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 # --- auxiliary heads ---
 
 
@@ -665,6 +765,11 @@ def test_oracle_of_equal_experts_is_the_network_and_restriction_only_helps():
         ({"initial_weight": math.inf}, "initial_weight must be finite"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
         ({"share": "nothing", "shared_gradient": "all"}, "whole networks share no part"),
+        ({"order": "tail_first"}, "order must be 'joint' or 'head_first', got 'tail_first'"),
+        ({"order": "head_first", "share": "nothing"}, "order='head_first' has no meaning for share='nothing'"),
+        ({"order": "head_first", "shared_gradient": "all"}, "contradicts shared_gradient='all'"),
+        ({"head_share": 0.0}, r"head_share must be in \(0, 1\), got 0.0"),
+        ({"head_share": 1.0}, r"head_share must be in \(0, 1\), got 1.0"),
         ({"l2": "none", "kl": "none"}, "leave nothing for alpha=0.2 to weigh"),
     ],
 )

@@ -6,9 +6,9 @@ classifier over all C classes, and learns from the pixels whose class is in its 
     L^i     = L_ce^i + alpha L_aux^i,  L_ce^i = -1/|Omega_i| sum_{u in Omega_i} log softmax(z_iu)_{y_u}
     L_aux^i = sum_{k not in S_i} ||z_i^k||_2 + sum_{k in S_i} p_i^k log(p_i^k / q^k)                (Eq. 3-4)
 
-All experts learn together; the encoder has the gradient of expert 1 only, the others read it through a
-stop-gradient. The auxiliary head of a network that has one belongs to expert 1. A short second stage learns how to
-combine the frozen experts (Eq. 7-9), or a fixed rule does.
+All experts learn together, or expert 1 before the others; the encoder has the gradient of expert 1 only, the others
+read it through a stop-gradient. The auxiliary head of a network that has one belongs to expert 1. A short last stage
+learns how to combine the frozen experts (Eq. 7-9), or a fixed rule does.
 Symbols: z_i (B, C, H, W) logits of expert i, p_i = softmax(z_i), Omega valid pixels, Omega_i those with y in S_i.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -55,6 +56,8 @@ def build(
     sets: Sets = "overlap",
     share: Literal["encoder", "decoder", "nothing"] = "encoder",
     shared_gradient: Literal["head", "all"] = "head",
+    order: Literal["joint", "head_first"] = "joint",
+    head_share: float = 0.5,
     softmax: Literal["all", "own"] = "all",
     alpha: float = 0.2,
     l2: Literal["pixel", "class", "none"] = "pixel",
@@ -65,7 +68,7 @@ def build(
     initial_weight: float = 1.0,
     threshold: float = 0.3,
 ) -> list[Stage]:
-    """Joint training of the experts, then (for `moe_*`) of the ensemble of the frozen experts.
+    """Training of the experts, then (for `moe_*`) of the ensemble of the frozen experts.
 
     shares:   falling shares of the labelled pixels between the groups; K = len(shares) + 1 experts, () is one
     cuts:     used instead of `shares` if given: how many of the most frequent classes come before groups 2..K,
@@ -76,6 +79,9 @@ def build(
               (arm MCN); or "nothing", K whole networks (arm ME, with sets="all", alpha=0, ensemble="average"), whose
               encoders start from the same weights, as pretrained ones do
     shared_gradient: the common part learns from expert 1, the "head" expert, or from "all"
+    order:    "joint", all experts at once, loss sum_i L^i; or "head_first", expert 1 and what is shared with loss L^1,
+              then the others with the sum of theirs, while all of the first is frozen (the paper may mean either)
+    head_share: of the experts' steps for expert 1 in order="head_first". Half, so that no expert has more than another
     softmax:  of L_ce^i, over "all" classes, which pushes those outside S_i down, or over its "own", S_i
     alpha:    weight of L_aux; 0.2 in the paper
     l2:       what the norm of Eq. 3 is over. "pixel": ||z_iu over k not in S_i||_2 of each pixel, averaged; "class":
@@ -97,17 +103,24 @@ def build(
     """
     _require("alpha", alpha, alpha >= 0, ">= 0")
     _require("ensemble_share", ensemble_share, 0 < ensemble_share < 1, "in (0, 1)")
+    _require("head_share", head_share, 0 < head_share < 1, "in (0, 1)")
     _require("initial_weight", initial_weight, True, "finite")
     _require("threshold", threshold, 0 <= threshold <= 1, "in [0, 1]")
     if share == "nothing" and shared_gradient == "all":
         raise UserError("shared_gradient='all' has no meaning for share='nothing': whole networks share no part")
+    if order == "head_first" and share == "nothing":
+        raise UserError(
+            "order='head_first' has no meaning for share='nothing': whole networks do not build on the first"
+        )
+    if order == "head_first" and shared_gradient == "all":
+        raise UserError("order='head_first' contradicts shared_gradient='all': the other experts find it frozen")
     if alpha and l2 == kl == "none":
         raise UserError(f"l2='none' and kl='none' leave nothing for alpha={alpha:g} to weigh: set alpha to 0")
     labels = label_sets(class_groups(counts, shares=shares, cuts=cuts), sets)
     experts = Experts(network, len(labels), share=share, shared_gradient=shared_gradient)
-    criterion = ExpertCriterion(
-        labels,
-        counts,
+    criterion = partial(
+        ExpertCriterion,
+        counts=counts,
         softmax=softmax,
         alpha=alpha,
         l2=l2,
@@ -115,13 +128,21 @@ def build(
         kl=kl,
         auxiliary_weight=network.auxiliary_weight,
     )
+    learner: nn.Module = experts
+    last = []
     if ensemble in RULES:
-        return [Stage("medoe", Combined(experts, SimpleEnsemble(labels, ensemble, threshold)), criterion)]
-    combined = Combined(experts, LearnedEnsemble(len(labels), counts.num_classes, ensemble, initial_weight))
-    select = PixelCriterion(build_loss("ce", counts))
+        learner = Combined(experts, SimpleEnsemble(labels, ensemble, threshold))
+    else:
+        combined = Combined(experts, LearnedEnsemble(len(labels), counts.num_classes, ensemble, initial_weight))
+        select = PixelCriterion(build_loss("ce", counts))
+        last = [Stage("ensemble", combined, select, share=ensemble_share, frozen=(experts,))]
+    left = 1 - sum(stage.share for stage in last)
+    if order == "joint" or len(labels) == 1:
+        return [Stage("experts", learner, criterion(labels), share=left), *last]
     return [
-        Stage("experts", experts, criterion, share=1 - ensemble_share),
-        Stage("ensemble", combined, select, share=ensemble_share, frozen=(experts,)),
+        Stage("head", Experts(network, 1), criterion(labels[:1]), share=left * head_share),
+        Stage("others", learner, criterion(labels[1:]), share=left * (1 - head_share), frozen=(network,)),
+        *last,
     ]
 
 
@@ -177,7 +198,7 @@ def expert_target(target: Tensor, labels: Tensor) -> Tensor:
 
 
 class ExpertOutput(NamedTuple):
-    """An Output with the logits of every expert, each (B, C, H, W); the features are those of expert 1."""
+    """An Output with the logits of every expert, each (B, C, H, W); features and logits are those of the first."""
 
     features: Tensor
     logits: Tensor
@@ -190,6 +211,7 @@ class Experts(nn.Module):
 
     forward: images (B, 3, H, W) -> ExpertOutput, with the logits of expert 1. Expert 1 is the network itself; what the
     others have of their own is copied from it and drawn anew, but for the encoder.
+    While the others train with expert 1 frozen, the output is theirs alone, and expert 1 computes what it shares only.
     """
 
     def __init__(
@@ -216,22 +238,23 @@ class Experts(nn.Module):
 
     def forward(self, image: Tensor) -> ExpertOutput:
         base: Any = self.base
+        learned = self.training and not base.training  # expert 1, before the others
+        experts: tuple[Any, ...] = tuple(self.others) if learned else (base, *self.others)
         if self.share == "nothing":
-            outputs = [expert(image) for expert in (base, *self.others)]
+            outputs = [expert(image) for expert in experts]
             first = outputs[0]
             return ExpertOutput(first.features, first.logits, tuple(o.logits for o in outputs), first.auxiliary)
-        maps = base.encode(image)
-        features, auxiliary = base.decode_with_auxiliary(maps, image)
+        maps, auxiliary = base.encode(image), None
+        if self.share == "decoder" or not learned:
+            features, auxiliary = base.decode_with_auxiliary(maps, image)
         if self.share == "decoder":
             seen = self._seen(features)
-            every = [features, *(seen for _ in self.others)]
+            every = [features if expert is base else seen for expert in experts]
         else:
             seen = self._seen(maps)
-            every = [features, *(expert.decode(seen) for expert in self.others)]  # type: ignore[operator]
-        experts = tuple(
-            base.resize(expert.classifier(own), image) for expert, own in zip((base, *self.others), every, strict=True)
-        )
-        return ExpertOutput(features, experts[0], experts, auxiliary)
+            every = [features if expert is base else expert.decode(seen) for expert in experts]
+        logits = tuple(base.resize(expert.classifier(own), image) for expert, own in zip(experts, every, strict=True))
+        return ExpertOutput(every[0], logits[0], logits, auxiliary)
 
     def _seen(self, maps: Any) -> Any:
         """What experts 2..K read of the shared part."""
@@ -248,7 +271,7 @@ def _detached(maps: Any) -> Any:
 class Combined(nn.Module):
     """The experts, with the logits of an ensemble of them.
 
-    While a rule without parameters trains, nothing is combined and the logits are those of expert 1.
+    While the experts of a rule without parameters train, nothing is combined and the logits are those of the first.
     """
 
     def __init__(self, experts: Experts, ensemble: nn.Module) -> None:
