@@ -6,7 +6,9 @@
 A step is what `train.fit` does: forward, loss, backward, optimiser, at the profile's network, size and precision, on
 random images and labels. On a CPU it is timed in one thread and in processor time (see `ltseg_core.cost`). Stages
 that train a frozen network's last layer are shown too. Prints medians of the ratios with 95 % intervals.
-`extra decoders` is what MEDOE's first stage may cost: 1 + the forward and backward pass of its further decoders alone.
+MEDOE's first stage may cost 1 + the forward and backward pass of its further decoders: `extra decoders` alone,
+`extra experts` with their classifiers, and with the cross-entropy of each, as plain cross-entropy without MEDOE's
+auxiliary loss would have it, `extra cross-entropy`.
 """
 
 from __future__ import annotations
@@ -30,22 +32,30 @@ from ltseg_core.stats import ClassCounts
 CLASSES = 11
 
 
-def decoder_step(
+def decoder_steps(
     network: SegmentationNetwork, e: config.Experiment, image: Tensor, target: Tensor, decoders: int
-) -> Callable[[], None]:
-    """Forward and backward pass of `decoders` decoders with classifier and cross-entropy, on given encoder maps."""
+) -> dict[str, cost.Step]:
+    """Forward and backward pass of `decoders` decoders on given encoder maps, with more and more of what follows."""
     network = network.to(image.device).train()
     with torch.no_grad(), autocast(image.device, e.precision):
         maps = network.encode(image)
 
-    def step() -> None:
+    def logits() -> Tensor:
+        return network.resize(network.classifier(network.decode(maps)), image)
+
+    def step(forward: Callable[[], Tensor], gradient: Tensor) -> None:
         for _ in range(decoders):
             with autocast(image.device, e.precision):
-                logits = network.resize(network.classifier(network.decode(maps)), image)
-                loss = cross_entropy(logits, target)
-            loss.backward()
+                result = forward()
+            result.backward(gradient)
 
-    return step
+    parts = {
+        "extra decoders": lambda: network.decode(maps),
+        "extra experts": logits,
+        "extra cross-entropy": lambda: cross_entropy(logits(), target),
+    }
+    with autocast(image.device, e.precision):
+        return {name: partial(step, forward, torch.ones_like(forward())) for name, forward in parts.items()}
 
 
 def main() -> None:
@@ -75,10 +85,9 @@ def main() -> None:
     }
     timed = dict(steps)
     if "medoe" in args.methods:
-        timed["extra decoders"] = decoder_step(network, e, image, target, 2)
+        timed |= decoder_steps(network, e, image, target, 2)
     times = cost.ratios(cost.paired_times(timed, steps["ce"], rounds=args.rounds, device=device))
-    if "extra decoders" in times.index:
-        times.loc["extra decoders", ["value", "low", "high"]] += 1
+    times.loc[times.index.str.startswith("extra "), ["value", "low", "high"]] += 1
     peak = {name: cost.training_bytes(*pair, steps[name], device) for name, pair in trained.items()}
     times["peak_bytes"] = pd.Series(peak)
 

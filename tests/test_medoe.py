@@ -24,6 +24,7 @@ from ltseg_core.methods.medoe import (
     Experts,
     LearnedEnsemble,
     SimpleEnsemble,
+    SoftmaxSums,
     build,
     class_groups,
     expert_target,
@@ -171,6 +172,11 @@ def test_alpha_0_is_the_sum_of_the_experts_cross_entropies(sets, softmax):
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
+def mean_p(z, own):
+    """Log of the mean softmax of the valid pixels, as logits of one pixel."""
+    return z.softmax(1).movedim(1, 3)[own != IGNORE_INDEX].mean(0).log().view(1, C, 1, 1)
+
+
 def test_auxiliary_loss_is_added_with_its_weight():
     z, y = logits()
     labels = label_sets(GROUP)
@@ -183,9 +189,10 @@ def test_auxiliary_loss_is_added_with_its_weight():
         for i in range(3):
             own = expert_target(y, labels[i])
             if l2 != "none":
-                extra += outside_norm(z[i], own if pixels == "own" else y, labels[i], l2).item()
+                extra += outside_norm(z[i][:, ~labels[i]], own if pixels == "own" else y, l2).item()
             if kl != "none":
-                extra += prior_divergence(z[i].log_softmax(1), own, labels[i], prior, kl).item()
+                seen = own if kl == "pixel" else torch.zeros(1, 1, 1).long()
+                extra += prior_divergence(z[i] if kl == "pixel" else mean_p(z[i], own), seen, labels[i], prior).item()
         assert criterion(output, y).item() == pytest.approx(plain.item() + 0.3 * extra, rel=1e-12)
         assert extra > 0
 
@@ -194,20 +201,19 @@ def test_outside_norm_equals_loops():
     (z, *_), y = logits()
     outside = [0, 1, 3, 4]
     valid = [(b, u, v) for b, u, v in np.ndindex(*y.shape) if y[b, u, v] != IGNORE_INDEX]
-    labels = label_sets(GROUP)[2]
     by_pixel = [math.sqrt(sum(z[b, k, u, v].item() ** 2 for k in outside)) for b, u, v in valid]
-    assert outside_norm(z, y, labels, "pixel").item() == pytest.approx(np.mean(by_pixel), rel=1e-12)
+    assert outside_norm(z[:, outside], y, "pixel").item() == pytest.approx(np.mean(by_pixel), rel=1e-12)
     by_class = [math.sqrt(np.mean([z[b, k, u, v].item() ** 2 for b, u, v in valid])) for k in outside]
-    assert outside_norm(z, y, labels, "class").item() == pytest.approx(sum(by_class), rel=1e-12)
+    assert outside_norm(z[:, outside], y, "class").item() == pytest.approx(sum(by_class), rel=1e-12)
     for form in ("pixel", "class"):
-        assert outside_norm(z, y, torch.ones(C, dtype=torch.bool), form) == 0
+        assert outside_norm(z[:, []], y, form) == 0
 
 
 def test_prior_divergence_equals_loops():
     (z, *_), y = logits()
-    labels = label_sets(GROUP)[1]
+    labels = label_sets(GROUP)[1:2]
     inside = [0, 2, 3, 5]
-    own = expert_target(y, labels)
+    own = expert_target(y, labels[0])
     q = np.maximum(np.array(PIXELS, dtype=float)[inside], 1)
     q /= q.sum()
     p = z.softmax(1)
@@ -217,20 +223,59 @@ def test_prior_divergence_equals_loops():
         row = row / row.sum()
         return float((row * np.log(row / q)).sum())
 
-    prior = COUNTS.pixels.clamp(min=1).double().log()
-    batch, pixel = (prior_divergence(z.log_softmax(1), own, labels, prior, form).item() for form in ("batch", "pixel"))
+    def loss(**options):
+        criterion = ExpertCriterion(labels, COUNTS, l2="none", **options)
+        return criterion(ExpertOutput(z, z, (z,)), y).item()
+
+    batch, pixel = (loss(alpha=1.0, kl=form) - loss(alpha=0.0) for form in ("batch", "pixel"))
     assert batch == pytest.approx(divergence(rows.mean(0)), rel=1e-10)
     assert pixel == pytest.approx(np.mean([divergence(row) for row in rows]), rel=1e-10)
 
 
-@pytest.mark.parametrize("form", ["batch", "pixel"])
-def test_prior_divergence_is_0_for_the_prior_itself(form):
+def test_prior_divergence_is_0_for_the_prior_itself():
     labels = label_sets(GROUP)[1]
     prior = COUNTS.pixels.clamp(min=1).double().log()
     z = prior.view(1, -1, 1, 1).expand(1, -1, 2, 2) + 3 * ~labels.view(1, -1, 1, 1)  # mass elsewhere does not matter
-    assert prior_divergence(z.log_softmax(1), torch.zeros(1, 2, 2).long(), labels, prior, form).item() == pytest.approx(
-        0, abs=1e-12
+    assert prior_divergence(z, torch.zeros(1, 2, 2).long(), labels, prior).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_the_two_sums_of_a_softmax_and_their_gradient(dtype, exact):
+    (z, *_), y = logits()
+    z = z.to(dtype).requires_grad_()
+    weight = torch.randn(C, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+    def plain(z):
+        log_p = z.log_softmax(1)
+        nll = F.nll_loss(log_p, y, ignore_index=IGNORE_INDEX, reduction="sum")
+        return nll, (log_p.exp() * (y != IGNORE_INDEX).unsqueeze(1)).sum((0, 2, 3))
+
+    found, expected = SoftmaxSums.apply(z, y), plain(z)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=exact, atol=0)
+    for combine in (lambda nll, mass: nll, lambda nll, mass: weight @ mass.log(), lambda nll, mass: nll * mass[1]):
+        (a,), (b,) = (torch.autograd.grad(combine(*sums), z, retain_graph=True) for sums in (found, expected))
+        assert (a - b).abs().max() <= exact * b.abs().max()
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda v: SoftmaxSums.apply(v, y), z)
+    (gradient,) = torch.autograd.grad(weight @ found[1].log(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"l2": "class"}, {"kl": "pixel", "softmax": "own"}])
+def test_mixed_precision_does_not_reach_the_loss(options):
+    z, y = logits()
+    z = [v.bfloat16().requires_grad_() for v in z]
+    criterion, output = (
+        ExpertCriterion(label_sets(GROUP), COUNTS, alpha=0.3, **options),
+        ExpertOutput(z[0], z[0], (*z,)),
     )
+    wide = criterion(output, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = criterion(output, y)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, wide)
 
 
 @pytest.mark.parametrize("options", [{}, {"softmax": "own"}, {"l2": "class", "kl": "pixel", "l2_pixels": "own"}])
@@ -289,7 +334,7 @@ def test_the_shared_part_has_the_gradient_of_expert_1_alone(share):
     start(alone)
     output = alone.network(image)
     criterion = alone.criterion
-    criterion.expert_loss(output.experts[0], target, criterion.labels[0], narrow=False).backward()
+    criterion.expert_loss(output.experts[0], target, criterion.labels[0], torch.tensor([]).long()).backward()
     expected = {name: p.grad for name, p in alone.network.named_parameters() if name.startswith("base.")}
     found = gradients(stage)
     everyone = gradients(build(network(), COUNTS, share=share, shared_gradient="all")[0])
@@ -354,6 +399,106 @@ def test_expert_1_is_not_disturbed_by_the_others():
     base = train(build(network(), COUNTS, alpha=0.0)[0]).network.base
     assert torch.equal(plain.classifier.weight, base.classifier.weight)
     assert torch.equal(plain.encoder.conv.weight, base.encoder.conv.weight)
+
+
+# --- expert 1 before the others ---
+
+
+def stored(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def moved(module, before):
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def learns(module, prefix):
+    """Its parameters, but for the biases before a BatchNorm, which have no gradient."""
+    return {name for name, _ in module.named_parameters() if name.startswith(prefix) and "conv.bias" not in name}
+
+
+@pytest.mark.parametrize("share", ["encoder", "decoder"])
+@pytest.mark.parametrize("ensemble", ["moe_mean", "average"])
+def test_head_first_trains_expert_1_and_then_the_others(share, ensemble):
+    options = {"share": share, "ensemble": ensemble, "ensemble_share": 0.2, "head_share": 0.25}
+    stages = build(with_auxiliary(), COUNTS, order="head_first", **options)
+    assert [stage.name for stage in stages] == ["head", "others", "ensemble"][: len(stages)]
+    shares = {"moe_mean": [0.2, 0.6, 0.2], "average": [0.25, 0.75]}[ensemble]
+    assert [stage.share for stage in stages] == pytest.approx(shares)
+    head, others = stages[:2]
+    experts = others.network if ensemble == "moe_mean" else others.network.experts
+    assert experts.base is head.network.base
+
+    before, calls = stored(experts), []
+    for expert in experts.others:
+        expert.register_forward_pre_hook(lambda *_: calls.append("forward"))
+        expert.decoder.register_forward_pre_hook(lambda *_: calls.append("decoder"))
+        expert.classifier.register_forward_pre_hook(lambda *_: calls.append("classifier"))
+    train(head)
+    assert all(name.startswith("base.") for name in moved(experts, before))
+    assert moved(experts, before) >= learns(experts, "base.")
+    assert not calls
+
+    before, first = stored(experts), []
+    experts.base.classifier.register_forward_pre_hook(lambda *_: first.append("classifier"))
+    experts.base.auxiliary.register_forward_pre_hook(lambda *_: first.append("auxiliary"))
+    if share == "encoder":
+        experts.base.decoder.register_forward_pre_hook(lambda *_: first.append("decoder"))
+    train(others)
+    assert not any(name.startswith("base.") for name in moved(experts, before))  # parameters and statistics
+    assert moved(experts, before) >= learns(experts, "others.")
+    assert set(calls) == {"classifier"} if share == "decoder" else {"classifier", "decoder"}
+    assert not first
+    with torch.no_grad():
+        assert len(others.network.eval()(images()[0]).experts) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"sets": "disjoint", "kl": "pixel"}, {"softmax": "own", "l2": "class"}])
+def test_the_two_losses_of_head_first_are_the_parts_of_the_joint_loss(options):
+    joint = build(network(), COUNTS, **options)[0].criterion
+    head, others = (s.criterion for s in build(network(), COUNTS, order="head_first", **options)[:2])
+    assert torch.equal(torch.cat([head.labels, others.labels]), joint.labels)
+    z, y = logits()
+    each = [ExpertCriterion(joint.labels[i : i + 1], COUNTS, alpha=0.2, **{k: v for k, v in options.items()
+            if k != "sets"})(ExpertOutput(z[i], z[i], (z[i],)), y).item() for i in range(3)]  # fmt: skip
+    assert head(ExpertOutput(z[0], z[0], (z[0],)), y).item() == pytest.approx(each[0], rel=1e-12)
+    assert others(ExpertOutput(z[1], z[1], (*z[1:],)), y).item() == pytest.approx(each[1] + each[2], rel=1e-12)
+    assert joint(ExpertOutput(z[0], z[0], (*z,)), y).item() == pytest.approx(sum(each), rel=1e-12)
+
+
+@pytest.mark.parametrize("share", ["encoder", "decoder"])
+def test_the_stages_of_head_first_have_the_gradients_of_joint_training(share):
+    """At the same weights, and the same statistics of the batch norms."""
+
+    def found(order, number=0):
+        stage = build(network(), COUNTS, share=share, order=order)[number]
+        image, target = images()
+        start(stage)
+        for module in stage.network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        stage.criterion(stage.network(image), target).backward()
+        return {name: p.grad for name, p in stage.network.named_parameters() if p.grad is not None}
+
+    joint, head, others = found("joint"), found("head_first"), found("head_first", 1)
+    assert joint.keys() == head.keys() | others.keys()
+    assert not head.keys() & others.keys()
+    for name, gradient in (head | others).items():
+        torch.testing.assert_close(gradient, joint[name])
+
+
+def test_one_expert_in_either_order_is_plain_cross_entropy():
+    plain = train(build_method("ce", network(), COUNTS, {})[0]).network
+    (stage,) = build(network(), COUNTS, shares=(), alpha=0.0, ensemble="head", order="head_first")
+    pairs = zip(plain.state_dict().values(), train(stage).network.experts.base.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_head_stage_is_plain_cross_entropy_without_the_auxiliary_loss():
+    plain = train(build_method("ce", network(), COUNTS, {})[0]).network
+    head = train(build(network(), COUNTS, alpha=0.0, order="head_first")[0]).network.base
+    pairs = zip(plain.state_dict().values(), head.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 # --- auxiliary heads ---
@@ -624,6 +769,11 @@ def test_oracle_of_equal_experts_is_the_network_and_restriction_only_helps():
         ({"initial_weight": math.inf}, "initial_weight must be finite"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
         ({"share": "nothing", "shared_gradient": "all"}, "whole networks share no part"),
+        ({"order": "tail_first"}, "order must be 'joint' or 'head_first', got 'tail_first'"),
+        ({"order": "head_first", "share": "nothing"}, "order='head_first' has no meaning for share='nothing'"),
+        ({"order": "head_first", "shared_gradient": "all"}, "contradicts shared_gradient='all'"),
+        ({"head_share": 0.0}, r"head_share must be in \(0, 1\), got 0.0"),
+        ({"head_share": 1.0}, r"head_share must be in \(0, 1\), got 1.0"),
         ({"l2": "none", "kl": "none"}, "leave nothing for alpha=0.2 to weigh"),
     ],
 )

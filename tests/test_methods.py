@@ -17,6 +17,7 @@ CASES = [(name, {}) for name in METHODS] + [
     *(("region_rebalance", o) for o in ({"region_scope": "batch"}, {"resolution": "labels"}, {"head": "hidden"})),
     *(("medoe", {"share": share}) for share in ("decoder", "nothing")),
     *(("medoe", {"ensemble": rule}) for rule in ("moe_weighted", "moe_logits", "moe_gate", "group_average")),
+    ("medoe", {"order": "head_first"}),
     ("medoe", {"l2": "class", "l2_pixels": "own", "kl": "pixel"}),
     ("medoe", {"softmax": "own"}),
     ("disalign", {"confidence": "conv_bn_relu", "frozen": "code"}),

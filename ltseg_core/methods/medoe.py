@@ -6,9 +6,9 @@ classifier over all C classes, and learns from the pixels whose class is in its 
     L^i     = L_ce^i + alpha L_aux^i,  L_ce^i = -1/|Omega_i| sum_{u in Omega_i} log softmax(z_iu)_{y_u}
     L_aux^i = sum_{k not in S_i} ||z_i^k||_2 + sum_{k in S_i} p_i^k log(p_i^k / q^k)                (Eq. 3-4)
 
-All experts learn together; the encoder has the gradient of expert 1 only, the others read it through a
-stop-gradient. The auxiliary head of a network that has one belongs to expert 1. A short second stage learns how to
-combine the frozen experts (Eq. 7-9), or a fixed rule does.
+All experts learn together, or expert 1 before the others; the encoder has the gradient of expert 1 only, the others
+read it through a stop-gradient. The auxiliary head of a network that has one belongs to expert 1. A short last stage
+learns how to combine the frozen experts (Eq. 7-9), or a fixed rule does.
 Symbols: z_i (B, C, H, W) logits of expert i, p_i = softmax(z_i), Omega valid pixels, Omega_i those with y in S_i.
 """
 
@@ -17,11 +17,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
 from ltseg_core.losses import (
@@ -54,6 +56,8 @@ def build(
     sets: Sets = "overlap",
     share: Literal["encoder", "decoder", "nothing"] = "encoder",
     shared_gradient: Literal["head", "all"] = "head",
+    order: Literal["joint", "head_first"] = "joint",
+    head_share: float = 0.5,
     softmax: Literal["all", "own"] = "all",
     alpha: float = 0.2,
     l2: Literal["pixel", "class", "none"] = "pixel",
@@ -64,7 +68,7 @@ def build(
     initial_weight: float = 1.0,
     threshold: float = 0.3,
 ) -> list[Stage]:
-    """Joint training of the experts, then (for `moe_*`) of the ensemble of the frozen experts.
+    """Training of the experts, then (for `moe_*`) of the ensemble of the frozen experts.
 
     shares:   falling shares of the labelled pixels between the groups; K = len(shares) + 1 experts, () is one
     cuts:     used instead of `shares` if given: how many of the most frequent classes come before groups 2..K,
@@ -75,6 +79,9 @@ def build(
               (arm MCN); or "nothing", K whole networks (arm ME, with sets="all", alpha=0, ensemble="average"), whose
               encoders start from the same weights, as pretrained ones do
     shared_gradient: the common part learns from expert 1, the "head" expert, or from "all"
+    order:    "joint", all experts at once, loss sum_i L^i; or "head_first", expert 1 and what is shared with loss L^1,
+              then the others with the sum of theirs, while all of the first is frozen (the paper may mean either)
+    head_share: of the experts' steps for expert 1 in order="head_first". Half, so that no expert has more than another
     softmax:  of L_ce^i, over "all" classes, which pushes those outside S_i down, or over its "own", S_i
     alpha:    weight of L_aux; 0.2 in the paper
     l2:       what the norm of Eq. 3 is over. "pixel": ||z_iu over k not in S_i||_2 of each pixel, averaged; "class":
@@ -96,17 +103,24 @@ def build(
     """
     _require("alpha", alpha, alpha >= 0, ">= 0")
     _require("ensemble_share", ensemble_share, 0 < ensemble_share < 1, "in (0, 1)")
+    _require("head_share", head_share, 0 < head_share < 1, "in (0, 1)")
     _require("initial_weight", initial_weight, True, "finite")
     _require("threshold", threshold, 0 <= threshold <= 1, "in [0, 1]")
     if share == "nothing" and shared_gradient == "all":
         raise UserError("shared_gradient='all' has no meaning for share='nothing': whole networks share no part")
+    if order == "head_first" and share == "nothing":
+        raise UserError(
+            "order='head_first' has no meaning for share='nothing': whole networks do not build on the first"
+        )
+    if order == "head_first" and shared_gradient == "all":
+        raise UserError("order='head_first' contradicts shared_gradient='all': the other experts find it frozen")
     if alpha and l2 == kl == "none":
         raise UserError(f"l2='none' and kl='none' leave nothing for alpha={alpha:g} to weigh: set alpha to 0")
     labels = label_sets(class_groups(counts, shares=shares, cuts=cuts), sets)
     experts = Experts(network, len(labels), share=share, shared_gradient=shared_gradient)
-    criterion = ExpertCriterion(
-        labels,
-        counts,
+    criterion = partial(
+        ExpertCriterion,
+        counts=counts,
         softmax=softmax,
         alpha=alpha,
         l2=l2,
@@ -114,13 +128,21 @@ def build(
         kl=kl,
         auxiliary_weight=network.auxiliary_weight,
     )
+    learner: nn.Module = experts
+    last = []
     if ensemble in RULES:
-        return [Stage("medoe", Combined(experts, SimpleEnsemble(labels, ensemble, threshold)), criterion)]
-    combined = Combined(experts, LearnedEnsemble(len(labels), counts.num_classes, ensemble, initial_weight))
-    select = PixelCriterion(build_loss("ce", counts))
+        learner = Combined(experts, SimpleEnsemble(labels, ensemble, threshold))
+    else:
+        combined = Combined(experts, LearnedEnsemble(len(labels), counts.num_classes, ensemble, initial_weight))
+        select = PixelCriterion(build_loss("ce", counts))
+        last = [Stage("ensemble", combined, select, share=ensemble_share, frozen=(experts,))]
+    left = 1 - sum(stage.share for stage in last)
+    if order == "joint" or len(labels) == 1:
+        return [Stage("experts", learner, criterion(labels), share=left), *last]
     return [
-        Stage("experts", experts, criterion, share=1 - ensemble_share),
-        Stage("ensemble", combined, select, share=ensemble_share, frozen=(experts,)),
+        Stage("head", Experts(network, 1), criterion(labels[:1]), share=left * head_share),
+        Stage("others", learner, criterion(labels[1:]), share=left * (1 - head_share), frozen=(network,)),
+        *last,
     ]
 
 
@@ -176,7 +198,7 @@ def expert_target(target: Tensor, labels: Tensor) -> Tensor:
 
 
 class ExpertOutput(NamedTuple):
-    """An Output with the logits of every expert, each (B, C, H, W); the features are those of expert 1."""
+    """An Output with the logits of every expert, each (B, C, H, W); features and logits are those of the first."""
 
     features: Tensor
     logits: Tensor
@@ -189,6 +211,7 @@ class Experts(nn.Module):
 
     forward: images (B, 3, H, W) -> ExpertOutput, with the logits of expert 1. Expert 1 is the network itself; what the
     others have of their own is copied from it and drawn anew, but for the encoder.
+    While the others train with expert 1 frozen, the output is theirs alone, and expert 1 computes what it shares only.
     """
 
     def __init__(
@@ -215,22 +238,23 @@ class Experts(nn.Module):
 
     def forward(self, image: Tensor) -> ExpertOutput:
         base: Any = self.base
+        learned = self.training and not base.training  # expert 1, before the others
+        experts: tuple[Any, ...] = tuple(self.others) if learned else (base, *self.others)
         if self.share == "nothing":
-            outputs = [expert(image) for expert in (base, *self.others)]
+            outputs = [expert(image) for expert in experts]
             first = outputs[0]
             return ExpertOutput(first.features, first.logits, tuple(o.logits for o in outputs), first.auxiliary)
-        maps = base.encode(image)
-        features, auxiliary = base.decode_with_auxiliary(maps, image)
+        maps, auxiliary = base.encode(image), None
+        if self.share == "decoder" or not learned:
+            features, auxiliary = base.decode_with_auxiliary(maps, image)
         if self.share == "decoder":
             seen = self._seen(features)
-            every = [features, *(seen for _ in self.others)]
+            every = [features if expert is base else seen for expert in experts]
         else:
             seen = self._seen(maps)
-            every = [features, *(expert.decode(seen) for expert in self.others)]  # type: ignore[operator]
-        experts = tuple(
-            base.resize(expert.classifier(own), image) for expert, own in zip((base, *self.others), every, strict=True)
-        )
-        return ExpertOutput(features, experts[0], experts, auxiliary)
+            every = [features if expert is base else expert.decode(seen) for expert in experts]
+        logits = tuple(base.resize(expert.classifier(own), image) for expert, own in zip(experts, every, strict=True))
+        return ExpertOutput(every[0], logits[0], logits, auxiliary)
 
     def _seen(self, maps: Any) -> Any:
         """What experts 2..K read of the shared part."""
@@ -247,7 +271,7 @@ def _detached(maps: Any) -> Any:
 class Combined(nn.Module):
     """The experts, with the logits of an ensemble of them.
 
-    While a rule without parameters trains, nothing is combined and the logits are those of expert 1.
+    While the experts of a rule without parameters train, nothing is combined and the logits are those of the first.
     """
 
     def __init__(self, experts: Experts, ensemble: nn.Module) -> None:
@@ -271,6 +295,7 @@ class ExpertCriterion(nn.Module):
     """
 
     labels: Tensor
+    order: Tensor
     log_prior: Tensor
 
     def __init__(
@@ -288,44 +313,81 @@ class ExpertCriterion(nn.Module):
         super().__init__()
         self.auxiliary_weight, self.softmax = auxiliary_weight, softmax
         self.alpha, self.l2, self.l2_pixels, self.kl = alpha, l2, l2_pixels, kl
-        self.narrow = (~labels).any(1).tolist()
+        self.numbers_outside = (~labels).sum(1).tolist()  # classes outside each S_i, which come first in `order`
         self.register_buffer("labels", labels)
+        self.register_buffer("order", labels.long().argsort(stable=True, dim=1), persistent=False)
         self.register_buffer("log_prior", class_sizes(counts, "pixel").log())  # up to a constant
 
     def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
-        experts = zip(output.experts, self.labels, self.narrow, strict=True)
-        loss = torch.stack([self.expert_loss(z, target, labels, narrow) for z, labels, narrow in experts]).sum()
+        experts = zip(output.experts, self.labels, self.order, self.numbers_outside, strict=True)
+        loss = torch.stack([self.expert_loss(z, target, labels, o[:n]) for z, labels, o, n in experts]).sum()
         if output.auxiliary is None:
             return loss
         return loss + self.auxiliary_weight * cross_entropy(output.auxiliary, expert_target(target, self.labels[0]))
 
-    def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, narrow: bool) -> Tensor:
-        """L^i for z_i (B, C, H, W), y (B, H, W) and S_i (C,) bool; narrow: S_i is not all classes."""
-        own, logits = expert_target(target.long(), labels), _wide(logits)
-        among_own = log_p = logits.log_softmax(1)
+    def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, outside: Tensor) -> Tensor:
+        """L^i for z_i (B, C, H, W), y (B, H, W), S_i (C,) bool and the other classes (C - |S_i|,) int64."""
+        target, logits = target.long(), _wide(logits)
+        narrow = len(outside) > 0
+        own = expert_target(target, labels) if narrow else target
+        if self.alpha and self.kl == "batch":
+            loss, z, y = cross_entropy_and_mean(logits, own)
+        else:
+            loss, z, y = cross_entropy(logits, own), logits, own
         if self.softmax == "own" and narrow:
-            among_own = logits.masked_fill(~labels.view(1, -1, 1, 1), -math.inf).log_softmax(1)
-        loss = mean_over_valid(F.nll_loss(among_own, own, ignore_index=IGNORE_INDEX, reduction="none"), own)
-        if not self.alpha:
-            return loss
-        auxiliary = loss.new_zeros(())
-        if self.l2 != "none" and narrow:
-            auxiliary = outside_norm(logits, own if self.l2_pixels == "own" else target, labels, self.l2)
-        if self.kl != "none":
-            auxiliary = auxiliary + prior_divergence(log_p, own, labels, self.log_prior, self.kl)
-        return loss + self.alpha * auxiliary
+            loss = cross_entropy(logits.index_fill(1, outside, -math.inf), own)
+        if self.alpha and self.l2 != "none" and narrow:
+            pixels = own if self.l2_pixels == "own" else target
+            loss = loss + self.alpha * outside_norm(logits.index_select(1, outside), pixels, self.l2)
+        if self.alpha and self.kl != "none":
+            loss = loss + self.alpha * prior_divergence(z, y, labels, self.log_prior)
+        return loss
 
 
-def outside_norm(logits: Tensor, target: Tensor, labels: Tensor, form: str = "pixel") -> Tensor:
-    """Norm of the logits of the classes outside S_i over the valid pixels of the target; 0 if there are none.
+def cross_entropy_and_mean(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cross-entropy; the mean softmax of the valid pixels, as logits (1, C, 1, 1) of a single pixel up to a
+    constant; and the target (1, 1, 1) of that pixel: ignored if there are none, else valid."""
+    nll, mass = SoftmaxSums.apply(logits, target)
+    number = (target != IGNORE_INDEX).sum()
+    mean = mass.clamp(min=torch.finfo(mass.dtype).tiny).log().view(1, -1, 1, 1)
+    return nll / number.clamp(min=1), mean, torch.where(number > 0, 0, IGNORE_INDEX).view(1, 1, 1)
 
-    "pixel": 1/|Omega| sum_u sqrt(sum_{k not in S} z_uk^2);  "class": sum_{k not in S} sqrt(1/|Omega| sum_u z_uk^2)
+
+class SoftmaxSums(torch.autograd.Function):
+    """(-sum_u log p_{u,y_u}, sum_u p_uk) over the valid pixels u, p = softmax(z): a scalar and (C,).
+
+    apply(logits (B, C, H, W) float32 or float64, target (B, H, W) int64). All that L_ce^i and the batch's p_i need, in
+    fewer passes over maps of all classes than autograd makes. With the gradients a of the first sum and g of the other,
+    that of z_uk is  p_uk (a + g_k - sum_j g_j p_uj) - a [k = y_u].  It has no second derivative.
     """
-    squares = logits.square()
-    valid, outside = (target != IGNORE_INDEX).to(squares.dtype), (~labels).to(squares.dtype)
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = logits.log_softmax(1)
+        nll = F.nll_loss(log_p, target, ignore_index=IGNORE_INDEX, reduction="sum")
+        p = log_p.exp_().mul_((target != IGNORE_INDEX).unsqueeze(1).to(log_p.dtype))
+        ctx.save_for_backward(p, target)
+        return nll, p.sum((0, 2, 3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor, g: Tensor) -> tuple[Tensor, None]:
+        p, target = ctx.saved_tensors
+        gradient = p * g.view(1, -1, 1, 1)
+        gradient.addcmul_(p, a - gradient.sum(1, keepdim=True))
+        target, valid = target.unsqueeze(1), (target != IGNORE_INDEX).unsqueeze(1)
+        return gradient.scatter_add_(1, target.where(valid, 0), valid * -a), None
+
+
+def outside_norm(logits: Tensor, target: Tensor, form: str = "pixel") -> Tensor:
+    """Norm of logits (B, N, H, W), those of the classes outside S_i, over the valid pixels; 0 if there are none.
+
+    "pixel": 1/|Omega| sum_u sqrt(sum_k z_uk^2);  "class": sum_k sqrt(1/|Omega| sum_u z_uk^2)
+    """
+    squares, valid = logits.square(), (target != IGNORE_INDEX).to(logits.dtype)
     if form == "pixel":
-        return mean_over_valid(_root(torch.einsum("bchw,c->bhw", squares, outside)) * valid, target)
-    return (_root(torch.einsum("bchw,bhw->c", squares, valid) / valid.sum().clamp(min=1)) * outside).sum()
+        return mean_over_valid(_root(squares.sum(1)) * valid, target)
+    return _root((squares * valid.unsqueeze(1)).sum((0, 2, 3)) / valid.sum().clamp(min=1)).sum()
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -334,23 +396,17 @@ def _root(squares: Tensor) -> Tensor:
     return squares.where(positive, 1).sqrt() * positive
 
 
-def prior_divergence(log_p: Tensor, target: Tensor, labels: Tensor, log_prior: Tensor, form: str = "batch") -> Tensor:
-    """KL(p || q) over the classes of S_i, p and q renormalised there; 0 if the target has no valid pixel.
+def prior_divergence(logits: Tensor, target: Tensor, labels: Tensor, log_prior: Tensor) -> Tensor:
+    """Mean over the valid pixels of KL(p || q), softmax p and prior q over the classes of S_i; 0 if there are none.
 
-    log_p: (B, C, H, W), log softmax of the logits
-    p: the mean softmax of the valid pixels ("batch"), or that of each of them, the divergence averaged ("pixel")
+    logits: (B, C, H, W), or what differs from them by a constant of each pixel
     log_prior: (C,), log q up to a constant
     """
     lowest = torch.finfo(torch.float32).min / 4  # -inf would give NaN gradients
-    log_q = log_prior.to(log_p.dtype).masked_fill(~labels, lowest).log_softmax(0)
-    ignored = target == IGNORE_INDEX
-    if form == "batch":
-        p = torch.einsum("bchw,bhw->c", log_p.exp(), (~ignored).to(log_p.dtype))
-        log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log().masked_fill(~labels, lowest).log_softmax(0)
-        return (log_p.exp() * (log_p - log_q)).sum() * (~ignored).any()
-    log_p = log_p.masked_fill(~labels.view(1, -1, 1, 1), lowest).log_softmax(1)
+    log_q = log_prior.to(logits.dtype).masked_fill(~labels, lowest).log_softmax(0)
+    log_p = logits.masked_fill(~labels.view(1, -1, 1, 1), lowest).log_softmax(1)
     divergence = (log_p.exp() * (log_p - per_channel(log_q, log_p))).sum(1)
-    return mean_over_valid(divergence.masked_fill(ignored, 0), target)
+    return mean_over_valid(divergence.masked_fill(target == IGNORE_INDEX, 0), target)
 
 
 # --- stage 2 ---
