@@ -14,7 +14,7 @@ import pandas as pd
 from torch import nn
 
 from ltseg_core import evaluate, metrics, stats
-from ltseg_core.config import UserError, choose, data_root
+from ltseg_core.config import Experiment, UserError, choose, data_root
 from ltseg_core.data.base import SegmentationDataset
 from ltseg_core.results import Run
 
@@ -42,9 +42,9 @@ CLASS_SCORES: dict[str, Callable[[Any], Any]] = {**CHANGING, "fp_per_tp": partia
 """Of counts of a single class."""
 
 
-def label(run: Run) -> str:
+def label(run: Run | Experiment) -> str:
     """The method and the hyper-parameters given to it, e.g. `blv sigma=4`."""
-    e = run.experiment
+    e = run.experiment if isinstance(run, Run) else run
     return " ".join([e.method, *(f"{k}={v}" for k, v in sorted(e.hyper.items()))])
 
 
