@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,8 @@ def fit(
     with lock:
         if results.find(experiment, runs) is None:
             training = Training(experiment, final.with_suffix(".partial"), data_root, tracker, workers, progress)
-            training.run(start_from)
+            with closing(training.bar):  # before an error is shown
+                training.run(start_from)
     return Run(final, experiment)
 
 
@@ -364,7 +365,6 @@ class Training:
                 state.learner.network.load_state_dict(state.teacher.state_dict())
         final = stages[-1].network.to(self.device)
         confusion = {split: self._confusion(final, test_set) for split, test_set in self.test_sets.items()}
-        self.bar.close()
         if self.main:
             with self.writing():
                 self._store(final, loss, evaluations, confusion, whole.classes, counts)

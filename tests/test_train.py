@@ -700,3 +700,15 @@ def test_methods_of_several_stages_start_from_their_first_run(tiny, method):
     losses = run.history["value"]
     assert len(losses) == round(12 * METHODS[method].length)
     assert np.isfinite(losses).all()
+
+
+def test_the_progress_bar_is_gone_before_an_error_is_shown(tiny, monkeypatch, capsys):
+    monkeypatch.delenv("LTSEG_HEADLESS")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with pytest.raises(UserError, match="head_share") as error:  # which keeps alive what it came from
+        train.fit(tiny(method="medoe", hyper={"head_share": 1.5}))
+    *before, blank, last = capsys.readouterr().err.split("\r")
+    assert error.traceback
+    assert any("medoe" in text for text in before), "there was a bar"
+    assert blank.isspace()
+    assert last == ""
