@@ -330,12 +330,13 @@ class ExpertCriterion(nn.Module):
         target, logits = target.long(), _wide(logits)
         narrow = len(outside) > 0
         own = expert_target(target, labels) if narrow else target
+        restricted = self.softmax == "own" and narrow
         if self.alpha and self.kl == "batch":
             loss, z, y = cross_entropy_and_mean(logits, own)
         else:
-            loss, z, y = cross_entropy(logits, own), logits, own
-        if self.softmax == "own" and narrow:
-            loss = cross_entropy(logits.index_fill(1, outside, -math.inf), own)
+            loss, z, y = None, logits, own
+        if loss is None or restricted:
+            loss = cross_entropy(logits.index_fill(1, outside, -math.inf) if restricted else logits, own)
         if self.alpha and self.l2 != "none" and narrow:
             pixels = own if self.l2_pixels == "own" else target
             loss = loss + self.alpha * outside_norm(logits.index_select(1, outside), pixels, self.l2)
