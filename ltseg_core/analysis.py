@@ -199,21 +199,24 @@ def class_changes(runs: Iterable[Run], *, baseline: str = "ce", split: str = "te
     frames = []
     for method, group in table.items():
         for run, other in zip(group, reference, strict=True):
-            after, before = (r.confusion(split).sum(0, dtype=np.int64) for r in (run, other))
-            new, old = metrics.marginals(after), metrics.marginals(before)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                columns = {
-                    **{name: score(new) for name, score in CHANGING.items()},
-                    **{f"{name}_before": score(old) for name, score in CHANGING.items()},
-                    "fp_per_tp": new.fp / new.tp,
-                    "fp_per_tp_before": old.fp / old.tp,
-                    "more_fp": new.fp - old.fp,
-                    "afforded_fp": np.where(old.tp > 0, (new.tp / old.tp - 1) * (old.tp + old.fn + old.fp), np.nan),
-                    "remark1": metrics.remark1(before, after),
-                }
+            old, new = (metrics.marginals(r.confusion(split).sum(0, dtype=np.int64)) for r in (other, run))
             plain = _class_columns(run, method, "").drop(columns="metric")
-            frames.append(plain.assign(seed=run.experiment.seed, **columns))
+            frames.append(plain.assign(seed=run.experiment.seed, **_changes(old, new)))
     return pd.concat(frames, ignore_index=True)
+
+
+def _changes(old: metrics.Marginals, new: metrics.Marginals) -> dict[str, np.ndarray]:
+    """The columns of `class_changes` that counts give."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            **{name: score(new) for name, score in CHANGING.items()},
+            **{f"{name}_before": score(old) for name, score in CHANGING.items()},
+            "fp_per_tp": new.fp / new.tp,
+            "fp_per_tp_before": old.fp / old.tp,
+            "more_fp": new.fp - old.fp,
+            "afforded_fp": np.where(old.tp > 0, (new.tp / old.tp - 1) * (old.tp + old.fn + old.fp), np.nan),
+            "remark1": metrics.remark1(old, new),
+        }
 
 
 def _reference(table: dict[str, list[Run]], baseline: str) -> list[Run]:
@@ -357,9 +360,28 @@ def study(name: str) -> pd.DataFrame:
     if not (kept := sorted(path.stem for path in folder.glob("*.csv"))):
         raise UserError(f"no kept studies in {folder}: they come with the repository, not with the package alone")
     table = pd.read_csv(folder / f"{choose('study', name, kept)}.csv")
-    with np.errstate(invalid="ignore"):
-        union = table["target_pixels"] + table["predicted_pixels"] - table["intersection"]
-        return table.assign(iou=table["intersection"] / union, acc=table["intersection"] / table["target_pixels"])
+    return table.assign(**{score: of(_marginals(table)) for score, of in PER_CLASS.items()})
+
+
+def study_changes(name: str, *, baseline: str = "ce", split: str = "test") -> pd.DataFrame:
+    """`class_changes` of a kept study: method, seed, class_id, class, train_pixels, target_pixels, and the changes.
+
+    Errors as in `study`, and UserError for a baseline or split that the study lacks.
+    """
+    table = study(name)
+    table = table[table["split"] == choose("split", split, table["split"].unique())]
+    plain = table["method"] == choose("baseline", baseline, table["method"].unique())
+    keys = ["seed", "class_id"]
+    pair = table[~plain].merge(table[plain], on=keys, suffixes=("", "_before"), validate="many_to_one")
+    columns = ["method", *keys, "class", "train_pixels", "target_pixels"]
+    return pair[columns].assign(**_changes(_marginals(pair, "_before"), _marginals(pair)))
+
+
+def _marginals(table: pd.DataFrame, suffix: str = "") -> metrics.Marginals:
+    """Of the rows of a `run_table`, (rows,)."""
+    counted = ("intersection", "predicted_pixels", "target_pixels")
+    tp, called, true = (table[f"{column}{suffix}"].to_numpy(dtype=float) for column in counted)
+    return metrics.Marginals(tp, called - tp, true - tp)
 
 
 # ----------------------------------------------------------------------------------------------------- claims

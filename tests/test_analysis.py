@@ -393,6 +393,23 @@ def test_kept_studies_agree_with_what_is_said_of_them(name, title):
 def test_an_unknown_study_is_refused():
     with pytest.raises(UserError, match="unknown study 'camvid': did you mean 'camvid_cpu'"):
         analysis.study("camvid")
+    with pytest.raises(UserError, match="unknown baseline 'cee': did you mean 'ce'"):
+        analysis.study_changes("camvid_cpu", baseline="cee")
+    with pytest.raises(UserError, match="unknown split 'tets': did you mean 'test'"):
+        analysis.study_changes("camvid_cpu", split="tets")
+
+
+def test_changes_of_a_study_are_those_of_its_runs(make_run, monkeypatch):
+    runs = [make_run(confusions(s, better), seed=s, method=m) for s in (0, 1) for m, better in (("ce", 0), ("pat", 40))]
+    for run in runs:
+        metrics_table = results.tidy_metrics({"test": run.confusion("test")}, run.classes, COUNTS)
+        metrics_table.to_parquet(run.path / "metrics.parquet")
+    monkeypatch.setattr(analysis, "study", lambda name: analysis.run_table(runs))
+    expected = analysis.class_changes(runs).set_index(["method", "seed", "class_id"])
+    found = analysis.study_changes("any").set_index(["method", "seed", "class_id"])
+    shared = [column for column in expected if column != "group"]
+    assert {"iou", "iou_before", "more_fp", "afforded_fp", "remark1"} <= set(shared)
+    pd.testing.assert_frame_equal(found[shared].sort_index(), expected[shared].sort_index(), check_names=False)
 
 
 def test_majority_rule():
