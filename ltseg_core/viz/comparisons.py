@@ -30,6 +30,7 @@ from ltseg_core.viz.pieces import (
     _dodged_dots,
     _legend_above,
     _mark_groups,
+    _method_dots,
     _method_rows,
     _one_per_metric,
     _panels,
@@ -190,14 +191,7 @@ def plot_differences(table: pd.DataFrame, axes: np.ndarray | None = None, *, bas
     axes = _one_per_metric(axes, metrics, height=1.1 + 0.24 * len(methods), share_y=True)
     for ax, metric in zip(axes, metrics, strict=True):
         rows = table[table["metric"] == metric].set_index("method").reindex(methods)
-        ax.axvline(0, color="0.15", linewidth=0.8)
-        for y, (method, row) in enumerate(rows.iterrows()):
-            look = method_style(str(method))
-            fill = "none" if row.get("seeds", 2) == 1 else look.colour
-            ax.hlines(y, row["low"], row["high"], color=look.colour, linewidth=1.4)
-            ax.plot(row["value"], y, marker=look.marker, color=look.colour, markerfacecolor=fill, linestyle="")
-            if not np.isnan(row.get("published", np.nan)):
-                ax.plot(row["published"], y, marker="x", color="0.15", markersize=5, linestyle="")
+        _method_dots(ax, rows, "published", none=0)
         ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}" if value else "0")
         ax.set_title(f"Δ{' '.join(METRIC_LABELS.get(word, word) for word in metric.split())}")
         ax.set_xlabel("points")
@@ -261,12 +255,7 @@ def plot_costs(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarra
     axes = _one_per_metric(axes, metrics, height=0.9 + 0.2 * len(methods), share_y=True)
     for ax, metric in zip(axes, metrics, strict=True):
         rows = table[table["metric"] == metric].set_index("method").reindex(methods)
-        ax.axvline(1, color="0.15", linewidth=0.8)
-        for y, (method, row) in enumerate(rows.iterrows()):
-            look = method_style(str(method))
-            ax.hlines(y, row["low"], row["high"], color=look.colour, linewidth=1.4)
-            ax.plot(row["value"], y, marker=look.marker, color=look.colour, markersize=5, linestyle="")
-            ax.plot(row.get("reference", np.nan), y, marker="x", color="0.15", markersize=4, linestyle="", zorder=3)
+        _method_dots(ax, rows, "reference", none=1, size=5)
         ax.set_xscale("log")
         low, high = ax.get_xlim()
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5)))

@@ -61,6 +61,21 @@ def _one_per_metric(
     return axes
 
 
+def _method_dots(ax: Axes, rows: pd.DataFrame, beside: str, *, none: float, size: float = 6) -> None:
+    """Value and interval of each method, one below the other, hollow with one seed; a cross for the column `beside`.
+
+    none: where a method would stand that changes nothing
+    """
+    ax.axvline(none, color="0.15", linewidth=0.8)
+    for y, (method, row) in enumerate(rows.iterrows()):
+        look = method_style(str(method))
+        fill = "none" if row.get("seeds", 2) == 1 else look.colour
+        dot: dict[str, Any] = {"marker": look.marker, "markersize": size, "markerfacecolor": fill}
+        ax.hlines(y, row["low"], row["high"], color=look.colour, linewidth=1.4)
+        ax.plot(row["value"], y, color=look.colour, linestyle="", **dot)
+        ax.plot(row.get(beside, np.nan), y, "x", color="0.15", markersize=size - 1, zorder=3)
+
+
 def _method_rows(ax: Axes, methods: Sequence[str]) -> None:
     """Names of the methods at the vertical places 0, 1, ..., from the top."""
     ax.set_yticks(range(len(methods)), [method_style(m).label for m in methods])
