@@ -563,6 +563,20 @@ def test_groups_of_a_method_share_a_row_with_their_intervals() -> None:
         viz.plot_by_group(table[:3], axes)
 
 
+def test_a_sweep_is_hollow_where_it_rests_on_one_seed() -> None:
+    rows = [(0.1, 0.2, 0.1, 0.3, 1), (1.0, 0.4, 0.3, 0.5, 3), (0.5, 0.3, np.nan, np.nan, 1)]
+    table = pd.DataFrame(rows, columns=["weight", "value", "low", "high", "seeds"]).assign(metric="miou")
+    (ax,) = viz.plot_sweep(table, "weight")
+    full, hollow = ax.lines
+    assert [*zip(full.get_xdata(), full.get_ydata(), strict=True)] == [(0.1, 0.2), (0.5, 0.3), (1.0, 0.4)]
+    assert [*zip(hollow.get_xdata(), hollow.get_ydata(), strict=True)] == [(0.1, 0.2), (0.5, 0.3)]
+    assert to_hex(hollow.get_markerfacecolor()) == "#ffffff"
+    assert "one seed" in ax.figure.get_supxlabel()
+    (ax,) = viz.plot_sweep(table.drop(columns="seeds"), "weight")
+    assert len(ax.lines[1].get_xdata()) == 0
+    assert ax.figure.get_supxlabel() == ""
+
+
 def test_costs_are_dots_on_a_logarithmic_axis_with_intervals_and_a_reference() -> None:
     rows = [
         ("blv", "step", 1.05, 1.0, 1.1, 1.02),

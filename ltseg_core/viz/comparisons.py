@@ -37,6 +37,7 @@ from ltseg_core.viz.pieces import (
     _percent,
     _plural,
     _short,
+    _single,
 )
 
 if TYPE_CHECKING:  # matplotlib waits for the first figure
@@ -199,7 +200,7 @@ def plot_differences(table: pd.DataFrame, axes: np.ndarray | None = None, *, bas
     _method_rows(axes[0], methods)
     axes[0].set_ylabel(f"against {method_style(baseline).label}")
     notes = ["× published"] if "published" in table and table["published"].notna().any() else []
-    notes += [HOLLOW] if (table.get("seeds", pd.Series([2])) == 1).any() else []
+    notes += [HOLLOW] if _single(table).any() else []
     if notes:
         axes[0].figure.supxlabel("; ".join(notes), fontsize=8)
     return axes
@@ -216,7 +217,7 @@ def plot_by_group(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.nda
     methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
     axes = _one_per_metric(axes, metrics, height=1.1 + 0.3 * len(methods), share_y=True)
     place = table["method"].map(methods.index)
-    one_seed = table.get("seeds", pd.Series(2, table.index)) == 1
+    one_seed = _single(table)
     for (ax, metric), (i, group) in product(zip(axes, metrics, strict=True), enumerate(GROUPS)):
         mine = (table["metric"] == metric) & (table["group"] == group)
         rows, y = table[mine], place[mine] + 0.25 * (i - 1)
@@ -271,17 +272,19 @@ def plot_costs(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarra
 def plot_sweep(table: pd.DataFrame, parameter: str, axes: np.ndarray | None = None) -> np.ndarray:
     """Scores over the values of one hyper-parameter, with intervals, a panel per metric.
 
-    table: a numeric column named `parameter`, metric, value, low, high (fractions), optionally published (a fraction,
-    dashed). Returns the axes, (metrics,).
+    table: a numeric column named `parameter`, metric, value, low, high (fractions), optionally seeds (a hollow dot
+    where there is one) and published (a fraction, dashed). Returns the axes, (metrics,).
     """
     _columns(table, parameter, "metric", "value", "low", "high")
     metrics = list(dict.fromkeys(table["metric"]))
     axes = _one_per_metric(axes, metrics, height=3.0)
     for ax, metric in zip(axes, metrics, strict=True):
         rows = table[table["metric"] == metric].sort_values(parameter)
-        x = rows[parameter].to_numpy()
-        ax.plot(x, rows["value"], marker="o", color=_HUES[0], label="here")
-        ax.vlines(x, rows["low"], rows["high"], color=_HUES[0], linewidth=1.4)
+        x, colour = rows[parameter].to_numpy(), _HUES[0]
+        ax.vlines(x, rows["low"], rows["high"], color=colour, linewidth=1.4)
+        ax.plot(x, rows["value"], marker="o", color=colour, label="here")
+        single = _single(rows).to_numpy()
+        ax.plot(x[single], rows["value"][single], "o", color=colour, markerfacecolor="white")
         if "published" in rows and rows["published"].notna().any():
             shown = rows.dropna(subset="published")
             ax.plot(shown[parameter], shown["published"], "x--", color="0.15", label="published")
@@ -289,6 +292,8 @@ def plot_sweep(table: pd.DataFrame, parameter: str, axes: np.ndarray | None = No
         ax.yaxis.set_major_formatter(_percent)
         ax.set(xlabel=parameter, ylabel=f"{' '.join(METRIC_LABELS.get(w, w) for w in metric.split())} (%)")
         ax.grid()
+    if _single(table).any():
+        axes[0].figure.supxlabel(HOLLOW, fontsize=8)
     return axes
 
 

@@ -76,6 +76,11 @@ def _method_dots(ax: Axes, rows: pd.DataFrame, beside: str, *, none: float, size
         ax.plot(row.get(beside, np.nan), y, "x", color="0.15", markersize=size - 1, zorder=3)
 
 
+def _single(table: pd.DataFrame) -> pd.Series:
+    """Which rows rest on one seed, by the column seeds; none without it."""
+    return table.get("seeds", pd.Series(2, table.index)) == 1
+
+
 def _method_rows(ax: Axes, methods: Sequence[str]) -> None:
     """Names of the methods at the vertical places 0, 1, ..., from the top."""
     ax.set_yticks(range(len(methods)), [method_style(m).label for m in methods])
