@@ -20,12 +20,17 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from html import unescape
+from html.parser import HTMLParser
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pandas as pd
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.console import nocolor
 from sphinx.util.docutils import docutils_namespace, patch_docutils
@@ -39,7 +44,7 @@ from ltseg_core.methods import METHODS
 from ltseg_core.notebook import PACKAGE, Notebook, read, write
 
 CLAIMS = ("claim", "found", "verdict", "data")
-MEANS = ("method", "metric", "value", "low", "high")
+MEANS = ("method", "metric", "value", "low", "high", "seeds")
 SETTINGS = {
     "project": "ltseg",
     "html_title": f"ltseg {__version__}",
@@ -57,7 +62,8 @@ SETTINGS = {
     "nb_mime_priority_overrides": [("html", "application/vnd.jupyter.widget-view+json", None)],
     "nb_merge_streams": True,
     "myst_enable_extensions": ["amsmath", "deflist", "dollarmath"],
-    "myst_heading_anchors": 3,
+    "myst_heading_anchors": 6,
+    "myst_heading_slug_func": "ltseg_core.report.anchor",
     "smartquotes": False,  # would change what code and formulas in docstrings say
     "suppress_warnings": ["myst.header"],  # a notebook may skip a level of headings
     "add_module_names": False,
@@ -78,6 +84,7 @@ article .claims > dt { font-weight: bold; margin-top: 1rem }
 .cell_output table { border: 0; border-collapse: collapse; font-size: 0.8rem; width: max-content }
 div.cell_output table :is(td, th) { border: 0; border-bottom: 1px solid var(--color-background-border) }
 div.cell_output table :is(td, th) { max-width: 20rem; padding: 0.2rem 0.6rem; text-align: left }
+.indextable { overflow-wrap: anywhere }
 """
 
 
@@ -85,7 +92,8 @@ def build(out: str | os.PathLike[str]) -> Path:
     """Make `out`/site from the executed notebooks and tables in `out`, if it is older; return its first page.
 
     What Sphinx warns of goes to standard error. The site is replaced when the new one is finished.
-    Raises UserError if there are no executed notebooks, a table lacks a column, or the site cannot be written.
+    Raises UserError if there are no executed notebooks, a table lacks a column, a link between pages leads nowhere, or
+    the site cannot be written.
     """
     out = Path(out).expanduser().resolve()
     executed = [read(path) for path in sorted((out / "notebooks").glob("*.ipynb"))]
@@ -101,6 +109,7 @@ def build(out: str | os.PathLike[str]) -> Path:
             texts, pages = Path(scratch, "sources"), Path(scratch, "pages")
             _write_sources(texts, executed, out / "figures")
             _sphinx(texts, pages, Path(scratch, "doctrees"))
+            _check_links(pages)
             shutil.rmtree(out / "site", ignore_errors=True)
             os.replace(pages, out / "site")
     except OSError as error:
@@ -115,8 +124,9 @@ def _sphinx(sources: Path, pages: Path, doctrees: Path) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """What the site needs of Sphinx beyond settings: formulas as MathML, docstrings of this package."""
+    """What the site needs of Sphinx beyond settings: MathML, links between notebooks, docstrings of this package."""
     app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
+    app.connect("doctree-read", _link_notebooks)
     app.connect("autodoc-process-docstring", _docstring)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
@@ -124,6 +134,58 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def _mathml(translator: HTML5Translator, node: Any) -> None:
     translator.math_output, translator.math_options = "mathml", ""
     super(HTML5Translator, translator).visit_math(node)  # docutils' own; Sphinx knows only MathJax and pictures
+
+
+# --------------------------------------------------------------------------------------------------- the links
+
+
+def anchor(heading: str) -> str:
+    """What JupyterLab calls a heading: in Markdown, `[...](NN_name.ipynb#The-claims)` works there and on the site."""
+    return heading.replace(" ", "-")
+
+
+def _link_notebooks(app: Sphinx, doctree: nodes.document) -> None:
+    """HTML outputs link to pages where they link to notebooks; a link to a notebook that has not run is plain text."""
+
+    def page(link: re.Match[str]) -> str:
+        place = "#" + nodes.make_id(unescape(unquote(link[3]))) if link[3] else ""
+        return f' href="{link[2]}.html{place}"' if f"notebooks/{link[2]}" in app.env.found_docs else ""
+
+    for html in doctree.findall(nodes.raw):
+        html[:] = [nodes.Text(re.sub(r"""\s+href=(["'])([\w-]+)\.ipynb(?:#(.*?))?\1""", page, html.astext()))]
+    for link in list(doctree.findall(addnodes.pending_xref)):
+        if re.fullmatch(r"[\w-]+\.ipynb(#.*)?", link["reftarget"]):  # MyST found no such file
+            link.replace_self(link.children)
+
+
+class _Page(HTMLParser):
+    """What a page links to and what links can lead to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: set[str | None] = {"", "top"}
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value for name, value in attrs if value and name in ("href", "src", "action", "data", "poster")]
+        self.ids |= {value for name, value in attrs if name in ("id", "name")}
+
+
+def _check_links(site: Path) -> None:
+    """Raises UserError if a file or place within the site is linked to that is not there."""
+    pages = {path: _Page(path) for path in site.rglob("*.html")}
+    broken = []
+    for path, page in pages.items():
+        for link in dict.fromkeys(page.links):
+            where = urlsplit(link)
+            target = Path(os.path.normpath(path.parent / unquote(where.path))) if where.path else path
+            there = target.is_file() and target.is_relative_to(site)
+            there = there and (target not in pages or unquote(where.fragment) in pages[target].ids)
+            if not (where.scheme or where.netloc or there):
+                broken.append(f"{path.relative_to(site)} links to {link}")
+    if broken:
+        raise UserError("the site is not replaced, for links lead nowhere: " + "; ".join(sorted(broken)))
 
 
 # ------------------------------------------------------------------------------------------------- the sources
@@ -250,16 +312,21 @@ def _method(name: str, means: Mapping[str, pd.DataFrame], texts: Mapping[str, st
         study: table[(table["method"].str.partition(" ")[0] == name) & table["metric"].isin(["miou", "macc"])]
         for study, table in means.items()
     }
-    results = [
-        f"In percent with 95 % intervals, from ``{study}``:\n\n" + _table(analysis.readable(own).reset_index())
-        for study, own in scores.items()
-        if len(own)
-    ]
+    results = [_scores(study, own) for study, own in scores.items() if len(own)]
     mentioned = re.compile(rf"""["'`>]{name}(?= \w+=|["'`<])|\b{re.escape(label)}\b""")
     notebooks = [f"* :doc:`/notebooks/{notebook}`" for notebook, text in texts.items() if mentioned.search(text)]
     parts += [_title("Results", "-"), *(results or ["No table here has this method.\n"])]
     parts += [_title("Notebooks", "-"), *(notebooks or ["No notebook names it."]), ""]
     return "\n".join([_title(_plain(label)), *parts])
+
+
+def _scores(study: str, rows: pd.DataFrame) -> str:
+    """A method's rows of a table of `analysis.means`, with the number of seeds that each interval covers."""
+    seeds = rows.groupby("method")["seeds"].first()
+    return (
+        f"From ``{study}``, in percent with 95 % intervals over test images and seeds; with one seed the interval"
+        f" covers the test images only.\n\n{_table(analysis.readable(rows).join(seeds).reset_index())}"
+    )
 
 
 def _prose(text: str) -> str:
