@@ -324,7 +324,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             if value is None:
                 return None
         elif get_origin(option) is Literal:
-            if value in get_args(option):
+            if value in get_args(option) and not isinstance(value, bool):  # True is no 1
                 return value
         elif get_origin(option) is Sequence:
             if isinstance(value, (list, tuple)):

@@ -7,9 +7,10 @@ Shapes and types of every loss
 What every loss keeps (a `Differs:` note says where one does not)
     - It is divided by the number of valid pixels, those with y != IGNORE_INDEX, of the whole batch.
     - An ignored pixel changes nothing and receives a gradient of exactly 0; a batch of them gives 0.
-    - Counts enter as max(count, 1): a class that never occurs is as rare as one pixel (or image).
+    - A class that never occurs counts as the rarest one that occurs in weights, margins and noise, whose scale it
+      would set otherwise, and as one pixel (or image) in all else: see `class_sizes`.
     - No host synchronisation and no loop over classes or images. So a label >= C is *not* looked for: the CPU
-      raises IndexError, CUDA stops with a device-side assertion. `check_target` finds it before training.
+      raises IndexError, CUDA stops with a device-side assertion. `train.fit` refuses such label files before training.
     - A training loop may set `loss.progress` (0 at the first step, 1 at the last); schedules read it.
 
 Symbols: n_k pixels (or images) of class k in the training labels, pi_k = n_k / sum_j n_j, z logits,
@@ -43,27 +44,14 @@ def build_loss(name: str, counts: ClassCounts, **hyper: Any) -> PixelLoss:
     """The loss `name` (a key of `LOSSES`) for a training set with these class counts.
 
     Raises UserError for an unknown name or hyper-parameter (naming the nearest valid one), a wrong type or a
-    value out of range, and for counts that are all zero. Other bad counts are refused by ClassCounts itself.
+    value out of range, and for counts that are no ClassCounts or all zero. Other bad counts ClassCounts itself refuses.
     """
     name = choose("loss", name, LOSSES)
+    if not isinstance(counts, ClassCounts):
+        raise UserError(f"counts must be ClassCounts, of pixels and images, got {type(counts).__name__}")
     if not counts.pixels.any():
         raise UserError(f"the counts of all {counts.num_classes} classes are 0: there is nothing to learn from")
     return LOSSES[name](counts, **check_options(f"hyper-parameter of loss {name!r}", hyper, LOSSES[name]))
-
-
-def check_target(target: Tensor, num_classes: int) -> None:
-    """Refuse label maps with a value outside 0..num_classes-1 and IGNORE_INDEX (UserError naming it).
-
-    Waits for the device: meant for the data, once before training, not for a training step.
-    """
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise UserError(f"labels must be integers, got {target.dtype}")
-    wrong = target[((target < 0) | (target >= num_classes)) & (target != IGNORE_INDEX)]
-    if wrong.numel():
-        raise UserError(
-            f"{wrong.numel()} pixels have a label that is no class, the first {int(wrong[0])}: labels of "
-            f"{num_classes} classes are 0..{num_classes - 1}, or {IGNORE_INDEX} for pixels to ignore"
-        )
 
 
 def pixel_nll(logits: Tensor, target: Tensor) -> Tensor:
@@ -451,6 +439,8 @@ class BLV(PixelLoss):
     """CE(z_k + c_k / max_j c_j |delta(sigma)|, y),  c_k = log(sum_j q_j / q_k)  (BLV, Eq. 3).
 
     delta is drawn anew for every image, class and pixel, on the device of the logits; predict with plain z.
+    An auxiliary head keeps plain cross-entropy. In self-training both terms of the student have the noise, each its
+    own: that of the labels and that of the pseudo-labels, which come from the teacher's plain z.
 
     form: "gaussian" N(0, sigma^2), treated as `clamp` says; "uniform" U[0, 1], "beta" Beta(1/2, 1/2),
         "exponential" Exp(1) clipped to 1 (Table 6); "bernoulli" 0 or 1, the printed algorithm at large sigma;
@@ -464,13 +454,14 @@ class BLV(PixelLoss):
     sign: -1 subtracts, as GCL and, in expectation, logit adjustment do. The published +1 lowers the test-time
         logit of rare classes: at the optimum E softmax(z + a delta) is the posterior.
     reference: "sum" as Eq. 3, "max" log(max_j q_j / q_k), the authors' first commit: no noise on the head.
-    permute: seed of a permutation of the counts over the classes, a control for what they contribute.
+    permute: seed of a permutation of the counts over the classes, in [0, 2^63): a control for what they contribute.
     pseudo: after each epoch over the images without labels q are the pixels of their pseudo-labels in it (Eq. 4), as
         the batches showed them: cropped, unsure ones left out. In the first epoch, and without such images, q are
         the labelled pixels. With several processes those of the first one's images count.
 
     With equal counts the amplitude is 1 for all classes ("sum"; noise remains) or 0 ("max").
-    Differs: the authors' code draws on the CPU and averages over all pixels, the ignored ones included.
+    Differs: the authors' code draws on the CPU and averages over all pixels, the ignored ones included; with OCRNet
+    it puts the noise on the auxiliary head instead.
     """
 
     amplitude: Tensor  # (C,)
@@ -493,6 +484,7 @@ class BLV(PixelLoss):
     ) -> None:
         super().__init__(counts)
         _require("sigma", sigma, sigma >= 0, ">= 0")
+        _require("permute", permute, permute is None or 0 <= permute < 2**63, "in [0, 2^63) or null")
         if not balance and (permute is not None or pseudo):
             raise UserError("balance=False takes no counts: leave out permute and pseudo")
         if temporal and form not in ("gaussian", "mean"):
@@ -575,7 +567,9 @@ class PAT(PixelLoss):
 
     mask_size: the factor 1/S. Without it the weighted pixels are averaged over all valid ones, as in CE.
     confidence: the factor beta, in [1, e^(1/T)] e^(-epsilon/T). Both off is plain cross-entropy.
-    temperature: T, 20 in the paper (of 5, 10, 20, 50). epsilon only rescales the loss; no value is given.
+    temperature: T, 20 in the paper (of 5, 10, 20, 50). epsilon only rescales the loss; no value is given. At 1 beta is
+        e^(-p/T), Eq. 5 divided by its largest value: in [e^(-1/T), 1], our reading of the weight that Figure 1 says is
+        normalised to [0, 1]. No epsilon makes it reach 0.
     detach: beta is a weight and has no gradient (the paper does not say; otherwise the gradient grows by
         1 - p ln(p) / T, at most 1 + 0.37 / T).
     mean_over_classes: divide by the number of classes present in each image. Eq. 4 sums over them, so that

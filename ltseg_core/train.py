@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
@@ -72,21 +72,13 @@ def fit(
     bit for bit those of an undisturbed run. Several processes asking for one run train it once.
     Raises UserError for everything a user can mend, e.g. missing data, an unknown method, a loss that diverges.
     """
-    name = choose("method", experiment.method, METHODS)
-    if name != experiment.method:
-        experiment = replace(experiment, method=name)
+    experiment = _named(experiment)
     final = results.runs_folder(runs) / experiment.key()
     if run := results.find(experiment, runs):
         return run
-    method = METHODS[name]
-    if name not in LOSSES:
-        check_options(f"hyper-parameter of {name}", experiment.hyper, method.build)
+    _check_options(experiment)
     tracker = _check_tracker(tracker)
-    if os.environ.get("LTSEG_TRAIN") == "0":
-        raise UserError(
-            f"no finished run of {experiment.method} on {experiment.dataset} (seed {experiment.seed}) in "
-            f"{final.parent}, and LTSEG_TRAIN=0 forbids training: run the notebooks first, `ltseg run`"
-        )
+    _refuse_where_forbidden(experiment, runs)
 
     place: dict[str, Any] = {
         "data_root": data_root,
@@ -96,8 +88,7 @@ def fit(
         "progress": progress,
     }
     start_from = None
-    if method.first:
-        first = replace(experiment, method=method.first, hyper={})
+    if first := _first(experiment):
         if results.find(first, runs) is None:
             _refuse_bad_options(experiment)
         start_from = fit(first, **place)
@@ -121,7 +112,7 @@ def _launched() -> bool:
 
 
 def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **place: Any) -> list[Run]:
-    """`fit` every experiment and return the runs in order.
+    """`fit` every experiment and return the runs in order. All that are missing are checked before one is trained.
 
     jobs: processes that train side by side (default: one on a GPU, else one per core: small networks train faster
     next to each other than on several threads each). Notebooks that run at the same time share the cores: together
@@ -129,24 +120,32 @@ def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **pla
     together, so one after the other. place: keyword arguments of `fit`
     Raises UserError as `fit` does, and if a process was killed.
     """
-    wanted = () if _launched() else dict.fromkeys(experiments)
-    missing = [e for e in wanted if results.find(e, place.get("runs")) is None]
+    experiments, runs = [_named(e) for e in experiments], place.get("runs")
+    missing = [e for e in dict.fromkeys(experiments) if results.find(e, runs) is None]
+    for e in missing:
+        _check_options(e)
+        _refuse_where_forbidden(e, runs)
+    settings = _settings(missing)
+    if _launched():
+        missing = []  # trained together, by the last line
     jobs = min(len(missing), jobs or (1 if torch.cuda.is_available() else config.cores()))
     if jobs > 1:
-        with parallel.pool(jobs, max(1, config.cores() // jobs)) as pool:
-            futures = [pool.submit(_fit_on_free_cores, e, place | {"progress": False}) for e in missing]
-            bar = tqdm(total=len(futures), unit="run", disable=_quiet(place.get("progress", True)))
-            for done in as_completed(futures):
-                try:
+        bar = tqdm(total=len(missing), unit="run", disable=_quiet(place.get("progress", True)))
+        with parallel.pool(jobs, max(1, config.cores() // jobs)) as pool, bar:
+            try:
+                list(pool.map(_refuse_bad_options, settings))
+                fits = [pool.submit(_fit_on_free_cores, e, place | {"progress": False}) for e in missing]
+                for done in as_completed(fits):
                     done.result()
-                except BrokenProcessPool:
-                    raise UserError(
-                        "a process that trains ended without a word: was it killed for its memory (take fewer jobs)? A"
-                        " script must call fit_all below `if __name__ == '__main__':`, as the processes import it, too"
-                    ) from None
-                bar.update()
-            bar.close()
+                    bar.update()
+            except BrokenProcessPool:
+                raise UserError(
+                    "a process that trains ended without a word: was it killed for its memory (take fewer jobs)? A"
+                    " script must call fit_all below `if __name__ == '__main__':`, as the processes import it, too"
+                ) from None
     else:
+        for e in settings:
+            _refuse_bad_options(e)
         for e in missing:
             _fit_on_free_cores(e, place)
     return [fit(e, **place) for e in experiments]
@@ -322,7 +321,7 @@ class Training:
         if not counts.pixels.any():
             raise UserError(f"the training labels of {e.dataset} are all ignored: there is nothing to learn from")
         self.test_sets = {
-            split: in_memory_if_small(evaluation_set(e, split, self.data_root))
+            split: _test_set(e, split, self.data_root)
             for split in data.splits(e.dataset, self.data_root)
             if split != "train"
         }
@@ -538,6 +537,15 @@ def evaluation_set(
     return Resized(dataset, e.size, resize_labels=False) if e.size else dataset
 
 
+def _test_set(e: Experiment, split: str, data_root: str | os.PathLike[str] | None) -> SegmentationDataset:
+    """`evaluation_set`, held in memory if it is small. Raises UserError for a label that is no class."""
+    dataset = evaluation_set(e, split, data_root)
+    held = in_memory_if_small(dataset)
+    if held is dataset:  # too large: not read as a whole yet
+        stats.count_classes(dataset.dataset if isinstance(dataset, Resized) else dataset)
+    return held
+
+
 def _held_out(e: Experiment, split: str, data_root: str | os.PathLike[str] | None) -> SegmentationDataset:
     training_only = ("images", "border_noise")  # fewer images and noisy labels are for training
     options = {k: v for k, v in e.data_options.items() if k not in training_only}
@@ -647,10 +655,52 @@ def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float) -> Tensor:
     return torch.where((confidence >= threshold) & (inside != IGNORE_INDEX), label, IGNORE_INDEX)
 
 
+def _named(e: Experiment) -> Experiment:
+    """The experiment with its method spelt as in METHODS."""
+    name = choose("method", e.method, METHODS)
+    return e if name == e.method else replace(e, method=name)
+
+
+def _first(e: Experiment) -> Experiment | None:
+    """The experiment from whose run this one starts."""
+    first = METHODS[e.method].first
+    return replace(e, method=first, hyper={}) if first else None
+
+
+def _check_options(e: Experiment) -> dict[str, Any]:
+    """The hyper-parameters, of known names and types."""
+    return check_options(f"hyper-parameter of {e.method}", e.hyper, LOSSES.get(e.method) or METHODS[e.method].build)
+
+
+def _refuse_where_forbidden(e: Experiment, runs: str | os.PathLike[str] | None) -> None:
+    if os.environ.get("LTSEG_TRAIN") == "0":
+        first, also = _first(e), ""
+        if first and results.find(first, runs) is None:
+            also = f" (it starts from a run of {first.method}, which is missing, too)"
+        raise UserError(
+            f"no finished run of {e.method} on {e.dataset} (seed {e.seed}) in {results.runs_folder(runs)}{also}, and"
+            " LTSEG_TRAIN=0 forbids training: run the notebooks first, `ltseg run`"
+        )
+
+
+def _settings(experiments: Iterable[Experiment]) -> list[Experiment]:
+    """One experiment for all that share what `_refuse_bad_options` looks at."""
+    decisive = ("architecture", "encoder", "model_options", "method", "hyper")
+    return [*dict.fromkeys(Experiment(**{name: getattr(e, name) for name in decisive}) for e in experiments)]
+
+
 def _refuse_bad_options(e: Experiment) -> None:
-    """Build the method for two classes: what it refuses should not wait until its first stage is trained."""
-    network = build_model(e.architecture, e.encoder, 2, **e.model_options)
-    build_method(e.method, network, stats.ClassCounts(torch.tensor([2, 1]), torch.tensor([2, 1])), e.hyper)
+    """Build the method for made-up classes: what it refuses should not wait until something is trained.
+
+    For as many as a data set may have, as some values need many classes; and MEDOE as a single expert, as its groups
+    depend on the data.
+    """
+    options, sizes = _check_options(e), torch.arange(254, 0, -1)
+    if e.method == "medoe":
+        options |= {"shares": (), "cuts": None}
+    with torch.random.fork_rng(devices=()):
+        network = build_model(e.architecture, e.encoder, len(sizes), **e.model_options)
+        build_method(e.method, network, stats.ClassCounts(sizes, sizes), options)
 
 
 def _check_same_data(first: Run, classes: Sequence[str], counts: stats.ClassCounts) -> None:
@@ -659,7 +709,8 @@ def _check_same_data(first: Run, classes: Sequence[str], counts: stats.ClassCoun
         name
         for name, same in (
             ("class list", list(first.classes) == list(classes)),
-            ("labelled pixels of the classes", known.pixels.equal(counts.pixels.to(known.pixels))),
+            ("labelled pixels of the classes", known.pixels.equal(counts.pixels)),
+            ("images of the classes", known.images.equal(counts.images)),
         )
         if not same
     ]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -148,17 +149,22 @@ def test_choose_is_case_insensitive_and_names_the_nearest():
 
 
 def test_check_options_sees_keyword_only_parameters():
-    def build(first: int, *, sigma: float, shares: Sequence[float] | None = None, secret: int) -> None: ...
+    def build(
+        first: int, *, sigma: float, shares: Sequence[float] | None = None, sign: Literal[1, -1] = 1, secret: int
+    ) -> None: ...
 
     given = {"sigma": 1, "shares": [1, "2e-3"]}
     assert check_options("option", given, build, hidden=("secret",)) == {"sigma": 1.0, "shares": [1.0, 0.002]}
     assert check_options("option", {"shares": None}, build) == {"shares": None}
     assert check_options("option", {"Sigma": 1}, build) == {"sigma": 1.0}
+    assert check_options("option", {"sign": -1}, build) == {"sign": -1}
     with pytest.raises(UserError, match="option 'sigma' is given twice, also as 'SIGMA'"):
         check_options("option", {"sigma": 1, "SIGMA": 2}, build)
     for wrong in ({"sigma": "a"}, {"sigma": None}, {"shares": 3}, {"shares": ["a"]}):
         with pytest.raises(UserError, match="must be"):
             check_options("option", wrong, build)
+    with pytest.raises(UserError, match="sign must be 1 or -1, got True"):
+        check_options("option", {"sign": True}, build)
     for name in ("first", "secret", "sigmaa"):
         with pytest.raises(UserError, match="unknown option"):
             check_options("option", {name: 1}, build, hidden=("secret",))

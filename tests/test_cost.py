@@ -231,6 +231,13 @@ def test_the_loss_alone_has_the_gradient_of_the_whole_step_and_touches_no_networ
             torch.testing.assert_close(alone, expected)
 
 
+def test_the_kept_measurement_meets_the_bar():
+    """A training step of these takes at most 1.10 of one of cross-entropy."""
+    kept = pd.read_csv(Path(__file__).parents[1] / "benchmarks" / "step_cost.csv", index_col="step")["value"]
+    bound = ["blv", "pat", "focal", "ldam", "logit_adjustment", "balanced_softmax", "grw_ce", "region_rebalance"]
+    assert kept[bound].le(1.10).all(), kept[bound].sort_values().tail(1)
+
+
 def test_the_table_of_step_costs_is_that_of_the_kept_measurement():
     folder = Path(__file__).parents[1] / "benchmarks"
     kept = pd.read_csv(folder / "step_cost.csv", index_col="step")

@@ -14,7 +14,6 @@ from ltseg_core.losses import (
     LOSSES,
     add_variation,
     build_loss,
-    check_target,
     cross_entropy,
     mean_over_valid,
     mean_variation,
@@ -300,6 +299,11 @@ def test_reference_other_forms(form):
     assert actual == pytest.approx(average(blv)(z, y, noise=np.vectorize(noise)(u)), rel=1e-9)
 
 
+def test_every_loss_has_a_slow_reference():
+    drawn = {name for name in NOISY if f"test_reference_{name}" in globals()}
+    assert {name for name, _, _ in CASES} | drawn == set(LOSSES)
+
+
 # --- reductions to plain cross-entropy, closed forms -----------------------------------------------------
 
 
@@ -507,6 +511,24 @@ def test_pat_epsilon_only_rescales_and_mean_divides_by_present_classes():
     four, three = build_loss("pat", COUNTS)(z[:1], y[:1]), build_loss("pat", COUNTS)(z[1:2], y[1:2])
     mean = build_loss("pat", COUNTS, mean_over_classes=True)(z, y)
     assert mean.item() == pytest.approx((four / 4 + three / 3).item() / 2)
+
+
+def test_pat_epsilon_one_divides_the_weight_by_its_largest_value():
+    """beta = e^((1 - p) / T), at most e^(1/T) at p = 0, becomes e^(-p/T), in [e^(-1/T), 1]."""
+    y = torch.zeros(1, 1, 1, dtype=torch.long)
+    for temperature in (0.5, 20.0):
+        weights = []
+        for own in (-40.0, 0.0, 0.3, 12.0):
+            z = torch.tensor([own, 0, 0, 0, 0], dtype=torch.float64).view(1, C, 1, 1)
+            printed, one = (
+                build_loss("pat", COUNTS, temperature=temperature, epsilon=e)(z, y) / cross_entropy(z, y)
+                for e in (0.0, 1.0)
+            )
+            assert one.item() == pytest.approx(printed.item() / math.exp(1 / temperature), rel=1e-9)
+            assert one.item() == pytest.approx(math.exp(-math.exp(-cross_entropy(z, y)) / temperature), rel=1e-9)
+            weights.append(one.item())
+        assert weights[0] == pytest.approx(1)
+        assert weights[-1] == pytest.approx(math.exp(-1 / temperature), rel=1e-3)
 
 
 def test_pat_detach_changes_the_gradient_by_the_stated_factor():
@@ -911,6 +933,9 @@ def test_helpers():
         ("blv", {"sigma": -6}, "sigma must be >= 0, got -6"),
         ("blv", {"form": "gauss"}, "form must be 'gaussian' or .*, got 'gauss'"),
         ("blv", {"sign": 2}, "sign must be 1 or -1, got 2"),
+        ("blv", {"sign": True}, "sign must be 1 or -1, got True"),
+        ("blv", {"permute": -1}, r"permute must be in \[0, 2\^63\) or null, got -1"),
+        ("blv", {"permute": 2**63}, r"permute must be in .*, got 9223372036854775808"),
         ("gcl", {"sigma": -1}, "sigma must be >= 0"),
         ("gcl", {"margin": -1}, "margin must be >= 0"),
         ("gcl", {"scale": -1}, "scale must be > 0"),
@@ -940,21 +965,33 @@ def test_bad_counts(pixels, images, message):
         build_loss("balanced_softmax", ClassCounts(torch.tensor(pixels), torch.tensor(images)))
 
 
+@pytest.mark.parametrize("counts", [None, torch.tensor(PIXELS), PIXELS], ids=lambda c: type(c).__name__)
+def test_counts_of_another_type_are_refused(counts):
+    with pytest.raises(UserError, match=f"counts must be ClassCounts, .* got {type(counts).__name__}"):
+        build_loss("ce", counts)
+
+
 def test_counts_that_are_all_zero_are_refused():
     with pytest.raises(UserError, match="the counts of all 3 classes are 0"):
         build_loss("ce", ClassCounts(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long)))
 
 
-@pytest.mark.parametrize("name", ["weighted_ce", "grw_ce", "cb", "cb_focal", "ldam", "blv", "gcl"])
-def test_an_absent_class_does_not_set_the_scale_of_the_others(name):
-    """It weighs what the rarest class that occurs weighs."""
-    absent = ClassCounts(torch.tensor([9_000_000, 400_000, 35_000, 0]), torch.tensor([300, 200, 40, 0]))
-    doubled = ClassCounts(torch.tensor([9_000_000, 400_000, 35_000, 35_000]), torch.tensor([300, 200, 40, 40]))
-    found, expected = build_loss(name, absent).state_dict(), build_loss(name, doubled).state_dict()
-    assert found
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_absent_class_counts_as_the_rarest_or_as_one_pixel(name):
+    """In weights, margins and noise as the rarest class that occurs: it does not set the scale of the others."""
+
+    def tables(pixels, images):
+        counts = ClassCounts(torch.tensor([9_000_000, 400_000, 35_000, pixels]), torch.tensor([300, 200, 40, images]))
+        return build_loss(name, counts).state_dict()
+
+    found, rarest, one = tables(0, 0), tables(35_000, 40), tables(1, 1)
+    scaled = name in ("weighted_ce", "grw_ce", "cb", "cb_focal", "ldam", "blv", "gcl")
+    assert bool(found) is (scaled or name in ("balanced_softmax", "logit_adjustment", "vs", "seesaw"))
     for key, table in found.items():
-        assert torch.equal(table, expected[key])
-        assert table.abs().max() >= 0.5  # LDAM's largest margin is mu = 0.5, all others reach 1
+        assert torch.equal(table, rarest[key]) is scaled
+        assert torch.equal(table, one[key]) is not scaled
+        if scaled:
+            assert table.abs().max() >= 0.5  # LDAM's largest margin is mu = 0.5, all others reach 1
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -973,16 +1010,3 @@ def test_bad_tensors(name):
         loss(z, y.double())
     with pytest.raises((IndexError, RuntimeError)):  # not looked for; this is what the CPU makes of it
         loss(z, torch.full_like(y, C))
-
-
-def test_check_target():
-    y = torch.tensor([0, 4, IGNORE_INDEX])
-    check_target(y, 5)
-    check_target(y.to(torch.uint8), 5)
-    check_target(y[:0], 5)
-    with pytest.raises(UserError, match=r"1 pixels have a label that is no class, the first 4: labels of 4 classes"):
-        check_target(y, 4)
-    with pytest.raises(UserError, match="the first -1"):
-        check_target(torch.tensor([0, -1]), 4)
-    with pytest.raises(UserError, match="labels must be integers"):
-        check_target(y.float(), 5)

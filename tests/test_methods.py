@@ -1,13 +1,20 @@
 """What every method keeps, whatever it does."""
 
 import contextlib
+import copy
+from functools import cache
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltseg_core.config import UserError
+from ltseg_core.losses import build_loss, cross_entropy
 from ltseg_core.methods import METHODS, build_method
-from ltseg_core.models import build_model
+from ltseg_core.methods.base import Method, PixelCriterion, Stage
+from ltseg_core.methods.medoe import ExpertOutput
+from ltseg_core.models import Output, build_model
 from ltseg_core.stats import ClassCounts
 from ltseg_core.train import Learner
 
@@ -64,6 +71,82 @@ def test_a_training_step_never_waits_for_the_device(name, options):
 def test_what_waits_for_the_device_would_be_found():
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         list(steps("region_rebalance", {"components": True}))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that PyTorch runs."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.number += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@cache
+def network_of(classes):
+    return build_model("Linknet", "tu-mobilenetv3_small_050", classes)
+
+
+def operators(name, options, *, classes, images):
+    """How many operators the criterion of each stage needs for its loss and the gradient, the outputs being given."""
+    copies = classes // C  # of every class: each of MEDOE's groups keeps some
+    counts = ClassCounts(COUNTS.pixels.repeat(copies), COUNTS.images.repeat(copies))
+    network = copy.deepcopy(network_of(classes))
+    features = torch.randn(images, network.feature_channels, 32, 32, requires_grad=True)
+    experts = tuple(torch.randn(images, classes, 32, 32, requires_grad=True) for _ in range(3))
+    target = torch.randint(0, classes, (images, 32, 32))
+    target[:, :4] = 255
+    numbers = []
+    for stage in build_method(name, network, counts, options):
+        stage.criterion.train()
+        given = experts[: len(getattr(stage.criterion, "labels", experts))]  # MEDOE's experts may learn in turn
+        with Operators() as seen:
+            stage.criterion(ExpertOutput(features, experts[0], given), target).backward()
+        numbers.append(seen.number)
+    return numbers
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_no_loop_over_classes_or_images(name, options):
+    few = operators(name, options, classes=4, images=2)
+    assert min(few) > 5
+    assert operators(name, options, classes=40, images=2) == few
+    assert operators(name, options, classes=4, images=5) == few
+
+
+def test_a_loop_would_be_found(monkeypatch):
+    class Loop(nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.dim = dim
+
+        def forward(self, output, target):
+            return sum(part.square().mean() for part in output.logits.unbind(self.dim))
+
+    for dim, more in ((0, {"classes": 4, "images": 5}), (1, {"classes": 40, "images": 2})):
+        looping = Method(lambda network, counts, dim=dim: [Stage("loop", network, Loop(dim))])
+        monkeypatch.setitem(METHODS, "loop", looping)
+        assert operators("loop", {}, **more) > operators("loop", {}, classes=4, images=2)
+
+
+def test_the_variation_is_in_both_terms_of_the_student_and_not_in_the_auxiliary_one():
+    """Of its own in each, as the random numbers are taken one after the other."""
+    logits, auxiliary, pseudo = torch.randn(3, 2, C, 8, 8)
+    target, labels = torch.randint(0, C, (2, 2, 8, 8))
+    loss = build_loss("blv", COUNTS)
+
+    class Given(nn.Module):
+        def forward(self, image):
+            return Output(image, image, auxiliary)
+
+    torch.manual_seed(0)
+    found = Learner(Stage("blv", Given(), PixelCriterion(loss, 0.4)))(logits, target, (pseudo, labels, 0.5))
+    torch.manual_seed(0)
+    first = loss(logits, target) + 0.4 * cross_entropy(auxiliary, target)
+    expected = first + 0.5 * (loss(pseudo, labels) + 0.4 * cross_entropy(auxiliary, labels))
+    torch.testing.assert_close(found, expected)
+    assert loss(pseudo, labels) != cross_entropy(pseudo, labels)
 
 
 def test_a_network_of_other_classes_is_refused():

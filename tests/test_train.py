@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from torch import nn
 
 from ltseg_core import config, data, evaluate, metrics, parallel, results, stats, train
 from ltseg_core.config import Experiment, UserError
+from ltseg_core.data import batches
 from ltseg_core.data.batches import BatchOrder, augment, collate, draw, generator
 from ltseg_core.losses import BLV
 from ltseg_core.methods import METHODS, build_method
@@ -252,7 +254,9 @@ def test_a_killed_process_of_fit_all_is_explained(tiny, monkeypatch):
         fit_all([tiny(seed=1), tiny(seed=2)], jobs=2)
 
 
-@pytest.mark.parametrize(("what", "message"), [("names", "class list"), ("labels", "labelled pixels")])
+@pytest.mark.parametrize(
+    ("what", "message"), [("names", "class list"), ("labels", "labelled pixels"), ("swapped", "images of the classes")]
+)
 def test_a_first_stage_of_other_data_is_refused(tiny, tmp_path, what, message):
     """The data folder changed between the two stages."""
     root = tmp_path / "changing"
@@ -264,8 +268,13 @@ def test_a_first_stage_of_other_data_is_refused(tiny, tmp_path, what, message):
         table.assign(class_name=[f"new {name}" for name in table["class_name"]]).to_csv(
             root / "classes.csv", index=False
         )
-    else:
+    elif what == "labels":
         Image.fromarray(np.full((32, 48), 3, np.uint8)).save(root / "train/labels/000.png")
+    else:  # as many pixels of each class as before, in fewer images
+        paths = [root / f"train/labels/{i:03}.png" for i in (0, 1)]
+        pixels = np.sort([np.asarray(Image.open(path)) for path in paths], axis=None).reshape(2, 32, 48)
+        for path, label in zip(paths, pixels, strict=True):
+            Image.fromarray(label).save(path)
     with pytest.raises(UserError, match=rf"{run.path} \(ce\).*trained on other data: {message}.*[Dd]elete that folder"):
         fit(replace(e, method="lws"))
 
@@ -283,6 +292,55 @@ def test_a_second_stage_is_refused_before_the_first_is_trained(tiny, tmp_path, m
     with pytest.raises(UserError, match=message):
         fit(tiny(method=method, hyper=hyper), runs=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"method": "blvv"}, "did you mean 'blv'"),
+        ({"method": "blv", "hyper": {"sgima": 1}}, "did you mean 'sigma'"),
+        ({"method": "blv", "hyper": {"sigma": -1}}, "sigma must be >= 0, got -1"),
+        ({"method": "medoe", "hyper": {"head_share": 1.5}}, "head_share must be in"),
+        ({"method": "tau_norm", "model_options": {"classifier": "cosine"}}, "tau_norm needs a linear classifier"),
+        ({"encoder": "resnet19"}, "did you mean 'resnet18'"),
+    ],
+    ids=lambda value: value.get("method", "encoder") if isinstance(value, dict) else "",
+)
+def test_fit_all_refuses_one_before_it_trains_another(tiny, tmp_path, bad, message):
+    with pytest.raises(UserError, match=message):
+        fit_all([tiny(), tiny(**bad)], jobs=1, runs=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper"),
+    [(name, {}) for name in METHODS]
+    + [("medoe", {"Cuts": [1, 3]}), ("medoe", {"shares": [0.5]}), ("region_rebalance", {"smoothing": 0.9})],
+    ids=str,
+)
+def test_what_may_suit_the_data_is_not_refused_before_they_are_read(tiny, method, hyper):
+    train._refuse_bad_options(tiny(method=method, hyper=hyper))
+
+
+def test_experiments_that_differ_in_seed_or_data_only_are_checked_once(tiny):
+    kinds = ({}, {"method": "blv"}, {"method": "blv", "hyper": {"sigma": 4}}, {"data_options": {"images": 3}})
+    settings = train._settings(tiny(seed=seed, **kind) for kind in kinds for seed in range(3))
+    assert [(e.method, e.hyper) for e in settings] == [("ce", {}), ("blv", {}), ("blv", {"sigma": 4})]
+    state = torch.get_rng_state()
+    train._refuse_bad_options(settings[1])
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are none of its business"
+
+
+@pytest.mark.parametrize("size", [None, (16, 24)], ids=["own size", "resized"])
+@pytest.mark.parametrize("limit", [batches.IN_MEMORY_BYTES, 0], ids=["in memory", "too large for it"])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_label_that_is_no_class_is_refused_before_training(tiny, monkeypatch, split, limit, size):
+    monkeypatch.setattr(batches, "IN_MEMORY_BYTES", limit)
+    e = tiny(size=size)
+    Image.fromarray(np.full((32, 48), 9, np.uint8)).save(Path(e.dataset) / split / "labels/001.png")
+    with pytest.raises(UserError, match="001.* has the value 9"):
+        fit(e)
+    assert not list(results.runs_folder().rglob(train.CHECKPOINT)), "it took a step"
 
 
 def test_diverging_loss_says_where_and_what_to_try(tiny):
@@ -317,6 +375,11 @@ def test_where_training_is_forbidden_only_finished_runs_are_returned(tiny, tmp_p
     )
     with pytest.raises(UserError, match=message):
         train_one(tiny(method="blv", seed=3))
+    message = rf"{folder} \(it starts from a run of ce, which is missing, too\), and LTSEG_TRAIN=0"
+    with pytest.raises(UserError, match=message):
+        train_one(tiny(method="lws", seed=3))
+    with pytest.raises(UserError, match=rf"no finished run of lws on .* in {folder}, and LTSEG_TRAIN=0"):
+        train_one(tiny(method="lws"))  # its first stage is finished
     assert [path.name for path in folder.iterdir() if path.is_dir()] == [run.path.name], "nothing was begun"
 
 
