@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -52,7 +51,7 @@ def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs of each method in order of seed.
 
     Raises UserError if there are none, if two share method and seed, if the methods differ in seeds, or if any two
-    differ in anything but method, hyper-parameters and seed: they could not be compared.
+    differ in anything but method, hyper-parameters and seed, or in their training labels: they could not be compared.
     """
     table: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.experiment.seed):
@@ -74,8 +73,11 @@ def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
                         f"{name} (seed {run.experiment.seed}) and {first} differ in {what}: {own[what]!r} and"
                         f" {other[what]!r}; they cannot be compared"
                     )
-            if run.classes != reference[0].classes:
-                raise UserError(f"{name} and {first} differ in their class lists; they cannot be compared")
+            mine, theirs = run.counts(), reference[0].counts()
+            relabelled = not (mine.pixels.equal(theirs.pixels) and mine.images.equal(theirs.images))
+            for what, differ in (("class lists", run.classes != reference[0].classes), ("training labels", relabelled)):
+                if differ:
+                    raise UserError(f"{name} and {first} differ in their {what}; they cannot be compared")
     return table
 
 
@@ -85,9 +87,18 @@ def counts_of(runs: Sequence[Run], split: str = "test") -> np.ndarray:
 
 
 def group_score(score: Callable[..., Any], groups: Sequence[str], group: str) -> Callable[[Any], Any]:
-    """A metric that is the mean of a per-class metric over the classes of one group ("all" takes every class)."""
+    """A metric that is the mean of a per-class metric over the classes of one group ("all" takes every class).
+
+    Classes without a labelled pixel are left out, so that all methods are averaged over the same classes; in
+    `metrics.miou` such a class counts as 0 for a method that predicts it.
+    """
     chosen = np.flatnonzero([group in ("all", g) for g in groups])
-    return lambda counts: metrics.nanmean(score(counts)[..., chosen])
+
+    def mean(counts: Any) -> Any:
+        m = metrics.Marginals(*(x[..., chosen] for x in metrics.marginals(counts)))
+        return metrics.nanmean(np.where(m.tp + m.fn > 0, score(m), np.nan))
+
+    return mean
 
 
 def _scores(groups: Sequence[str]) -> dict[str, Callable[[Any], Any]]:
@@ -109,7 +120,8 @@ def means(
 ) -> pd.DataFrame:
     """Means of every method, or their paired differences to `baseline`: method, metric, value, low, high, seeds.
 
-    metric: miou, macc, the same by group (`tail iou`), pixel_acc; 95 % intervals as in `metrics.interval`.
+    metric: miou, macc, the same by group (`tail iou`), pixel_acc, over the classes with labelled pixels
+    (`group_score`); 95 % intervals as in `metrics.interval`.
     groups: C names; None takes `stats.groups` by share of the pixels
     Raises UserError for runs that cannot be compared (`by_method`), and if there is nothing beside the baseline.
     """
@@ -138,6 +150,7 @@ def class_scores(runs: Iterable[Run], class_id: int, *, split: str = "test", rep
     """What one class scores with each method over a whole split: method, metric, value, low, high, seeds.
 
     metric: iou, acc, precision, fp_per_tp; NaN where 0/0, and fp_per_tp also where no pixel of the class is found.
+    seeds: those that have the score, over which it is a mean
     Intervals as in `metrics.interval`. Raises UserError for runs that cannot be compared (`by_method`).
     """
     rows = []
@@ -145,8 +158,8 @@ def class_scores(runs: Iterable[Run], class_id: int, *, split: str = "test", rep
         of_class = (m[..., [class_id]] for m in metrics.marginals(counts_of(group, split)))
         drawn = metrics.resample(metrics.Marginals(*of_class), replicates=replicates)
         for name, score in CLASS_SCORES.items():
-            limits = np.ravel(metrics.interval(drawn, score))
-            rows.append((method, name, *limits.tolist(), len(group)))
+            limits, seeds = np.ravel(metrics.interval(drawn, score)), np.isfinite(score(drawn.seeds)).sum()
+            rows.append((method, name, *limits.tolist(), int(seeds)))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
 
@@ -164,7 +177,15 @@ def _compared(
         return
     reference = _resampled(_reference(table, baseline), split, replicates)
     for method, group in table.items():
-        yield method, group, partial(metrics.paired_interval, _resampled(group, split, replicates), reference)
+        own = _resampled(group, split, replicates)
+        _check_labels(method, own.seeds, baseline, reference.seeds)
+        yield method, group, partial(metrics.paired_interval, own, reference)
+
+
+def _check_labels(a: str, x: metrics.Marginals, b: str, y: metrics.Marginals) -> None:
+    """Refuse scores on different labels: TP + FN, the labelled pixels of each class, must agree."""
+    if not np.array_equal(x.tp + x.fn, y.tp + y.fn):
+        raise UserError(f"{a} and {b} were evaluated on different labels: other images, or labels that changed since")
 
 
 def _resampled(group: Sequence[Run], split: str, replicates: int) -> metrics.Resampled:
@@ -188,8 +209,8 @@ def _class_columns(run: Run, method: str, metric: str) -> pd.DataFrame:
 def class_changes(runs: Iterable[Run], *, baseline: str = "ce", split: str = "test") -> pd.DataFrame:
     """What each method does to each class, against the baseline of the same seed; one row per method, seed and class.
 
-    Columns: method, seed, class_id, class, group, train_pixels;  iou, acc, precision and their values `before`
-    (fractions; NaN where 0/0);  fp_per_tp, fp_per_tp_before;  more_fp: false positives gained (pixels);
+    Columns: method, seed, class_id, class, group, train_pixels, target_pixels;  iou, acc, precision and their values
+    `before` (fractions; NaN where 0/0);  fp_per_tp, fp_per_tp_before;  more_fp: false positives gained (pixels);
     afforded_fp: gain of false positives at which IoU stays the same, p (n + FP) with Acc' = (1 + p) Acc (MEDOE,
     Eq. 16; NaN for a class not found before);  remark1: whether Region Rebalance's Remark 1 is met.
     Raises UserError for runs that cannot be compared (`by_method`), and if there is nothing beside the baseline.
@@ -200,23 +221,20 @@ def class_changes(runs: Iterable[Run], *, baseline: str = "ce", split: str = "te
     for method, group in table.items():
         for run, other in zip(group, reference, strict=True):
             old, new = (metrics.marginals(r.confusion(split).sum(0, dtype=np.int64)) for r in (other, run))
+            _check_labels(method, new, baseline, old)
             plain = _class_columns(run, method, "").drop(columns="metric")
-            frames.append(plain.assign(seed=run.experiment.seed, **_changes(old, new)))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                columns = {
+                    **{name: score(new) for name, score in CHANGING.items()},
+                    **{f"{name}_before": score(old) for name, score in CHANGING.items()},
+                    "fp_per_tp": new.fp / new.tp,
+                    "fp_per_tp_before": old.fp / old.tp,
+                    "more_fp": new.fp - old.fp,
+                    "afforded_fp": np.where(old.tp > 0, (new.tp / old.tp - 1) * (old.tp + old.fn + old.fp), np.nan),
+                    "remark1": metrics.remark1(old, new),
+                }
+            frames.append(plain.assign(seed=run.experiment.seed, target_pixels=new.tp + new.fn, **columns))
     return pd.concat(frames, ignore_index=True)
-
-
-def _changes(old: metrics.Marginals, new: metrics.Marginals) -> dict[str, np.ndarray]:
-    """The columns of `class_changes` that counts give."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {
-            **{name: score(new) for name, score in CHANGING.items()},
-            **{f"{name}_before": score(old) for name, score in CHANGING.items()},
-            "fp_per_tp": new.fp / new.tp,
-            "fp_per_tp_before": old.fp / old.tp,
-            "more_fp": new.fp - old.fp,
-            "afforded_fp": np.where(old.tp > 0, (new.tp / old.tp - 1) * (old.tp + old.fn + old.fp), np.nan),
-            "remark1": metrics.remark1(old, new),
-        }
 
 
 def _reference(table: dict[str, list[Run]], baseline: str) -> list[Run]:
@@ -348,40 +366,8 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
         wide["train_images"] = counts.images.numpy()[wide["class_id"]]
         frames.append(wide.assign(run=run.experiment.key(), method=label(run), seed=run.experiment.seed))
     columns = ["run", "method", "seed", "split", "class_id", "class", "train_pixels", "train_images", *names]
-    return pd.concat(frames, ignore_index=True)[columns].astype(dict.fromkeys(names, "int64"))
-
-
-def study(name: str) -> pd.DataFrame:
-    """A `run_table` kept under `results/`, e.g. "camvid_cpu", with iou and acc (fractions, NaN where 0/0).
-
-    Raises UserError for another name, naming the nearest one, and where the package stands without that folder.
-    """
-    folder = Path(__file__).resolve().parents[1] / "results"
-    if not (kept := sorted(path.stem for path in folder.glob("*.csv"))):
-        raise UserError(f"no kept studies in {folder}: they come with the repository, not with the package alone")
-    table = pd.read_csv(folder / f"{choose('study', name, kept)}.csv")
-    return table.assign(**{score: of(_marginals(table)) for score, of in PER_CLASS.items()})
-
-
-def study_changes(name: str, *, baseline: str = "ce", split: str = "test") -> pd.DataFrame:
-    """`class_changes` of a kept study: method, seed, class_id, class, train_pixels, target_pixels, and the changes.
-
-    Errors as in `study`, and UserError for a baseline or split that the study lacks.
-    """
-    table = study(name)
-    table = table[table["split"] == choose("split", split, table["split"].unique())]
-    plain = table["method"] == choose("baseline", baseline, table["method"].unique())
-    keys = ["seed", "class_id"]
-    pair = table[~plain].merge(table[plain], on=keys, suffixes=("", "_before"), validate="many_to_one")
-    columns = ["method", *keys, "class", "train_pixels", "target_pixels"]
-    return pair[columns].assign(**_changes(_marginals(pair, "_before"), _marginals(pair)))
-
-
-def _marginals(table: pd.DataFrame, suffix: str = "") -> metrics.Marginals:
-    """Of the rows of a `run_table`, (rows,)."""
-    counted = ("intersection", "predicted_pixels", "target_pixels")
-    tp, called, true = (table[f"{column}{suffix}"].to_numpy(dtype=float) for column in counted)
-    return metrics.Marginals(tp, called - tp, true - tp)
+    table = pd.concat(frames, ignore_index=True)[columns].rename_axis(columns=None)
+    return table.astype(dict.fromkeys(names, "int64"))
 
 
 # ----------------------------------------------------------------------------------------------------- claims
@@ -464,21 +450,8 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     return "contradicted" if "contradicted" in found else "supported" if found == {"supported"} else "open"
 
 
-def majority(count: int, number: int, what: str) -> tuple[str, Verdict]:
-    """A claim about most of `number` cases, of which `count` agree: what is found, in words, and the verdict.
-
-    The 95 % interval of the share (Wilson's) must leave out one half. It takes the cases as independent.
-    """
-    from scipy.stats import binomtest
-
-    if number == 0:
-        return f"{what}: there is none", "open"
-    low, high = binomtest(count, number).proportion_ci(method="wilson")
-    return f"{what}: {count} of {number} [{low:.0%}, {high:.0%}]", verdict(low - 0.5, high - 0.5, "positive")
-
-
 def agreed(verdicts: Iterable[Verdict]) -> Verdict:
-    """Verdict of several measurements of one claim: what some of them say if none says the opposite, else open."""
+    """Verdict of one claim on several data sets: what some of them say if none says the opposite, else open."""
     found = set(verdicts) - {"open"}
     return found.pop() if len(found) == 1 else "open"
 
@@ -512,9 +485,27 @@ class Measured(NamedTuple):
     points: bool = True
 
 
+class Exact(NamedTuple):
+    """One testable part of a claim that has no interval: an identity, or what was counted; None: neither way."""
+
+    what: str
+    holds: bool | None
+
+
+class Majority(NamedTuple):
+    """One testable part of a claim, about most of `number` cases, of which `agree` are as claimed.
+
+    The 95 % interval of the share (Wilson's) must leave out one half. It takes the cases as independent.
+    """
+
+    what: str
+    agree: int
+    number: int
+
+
 def judge(
     runs: Iterable[Run],
-    tests: Mapping[str, Sequence[Comparison | Measured] | str],
+    tests: Mapping[str, Sequence[Comparison | Measured | Exact | Majority] | str],
     *,
     groups: Sequence[str] | None = None,
     split: str = "test",
@@ -522,7 +513,8 @@ def judge(
 ) -> pd.DataFrame:
     """The verdict on each claim, indexed by its ID: statement, published, found (points), verdict.
 
-    tests: the comparisons and measurements a claim consists of, or a sentence that says what is missing to test it.
+    tests: the comparisons, measurements, exact statements and majorities that a claim consists of, or a sentence that
+    says what is missing to test it.
     Methods are compared on the seeds they share; groups as in `means`. A claim stays open where a method was not run,
     or with a single seed.
     Raises UserError for an unknown claim or metric.
@@ -534,26 +526,50 @@ def judge(
         if isinstance(parts, str):
             results = [(parts, "open")]
         else:
-            results = [
-                _decide(*part) if isinstance(part, Measured) else _test(runs, part, groups, split, replicates)
-                for part in parts
-            ]
+            results = [_judge_part(runs, part, groups, split, replicates) for part in parts]
         found = "; ".join(text for text, _ in results)
         rows.append((claim, *known.loc[claim, ["statement", "published"]], found, overall(v for _, v in results)))
     return pd.DataFrame(rows, columns=["claim", "statement", "published", "found", "verdict"]).set_index("claim")
 
 
+def _judge_part(
+    runs: Sequence[Run],
+    part: Comparison | Measured | Exact | Majority,
+    groups: Sequence[str] | None,
+    split: str,
+    replicates: int,
+) -> tuple[str, Verdict]:
+    """What a part of a claim finds, in words, and its verdict."""
+    match part:
+        case Exact(what, holds):
+            return what, "open" if holds is None else "supported" if holds else "contradicted"
+        case Majority():
+            return _count(part)
+        case Measured():
+            return _decide(*part)
+    return _test(runs, part, groups, split, replicates)
+
+
+def _count(part: Majority) -> tuple[str, Verdict]:
+    from scipy.stats import binomtest
+
+    if part.number == 0:
+        return f"{part.what}: there is none", "open"
+    low, high = binomtest(part.agree, part.number).proportion_ci(method="wilson")
+    share = f"{part.what}: {part.agree} of {part.number} [{low:.0%}, {high:.0%}]"
+    return share, verdict(low - 0.5, high - 0.5, "positive")
+
+
 def _test(
     runs: Sequence[Run], part: Comparison, groups: Sequence[str] | None, split: str, replicates: int
 ) -> tuple[str, Verdict]:
-    """What a comparison finds, in words, and its verdict."""
     both = [{run.experiment.seed: run for run in runs if label(run) == m} for m in (part.method, part.baseline)]
     what = f"{part.metric} of {part.method} against {part.baseline}"
     if seeds := sorted(both[0].keys() & both[1].keys()):
         table = by_method([group[seed] for group in both for seed in seeds])
     else:
         return f"{what}: not run here", "open"
-    scores = _scores(groups or stats.groups(both[0][seeds[0]].counts()))
+    scores = _scores(groups or stats.groups(both[0][seeds[0]].counts())) | {"dice_error": metrics.dice_error}
     terms = [scores.get(term) for term in part.metric.split(" - ")]
     if missing := [term for term, score in zip(part.metric.split(" - "), terms, strict=True) if score is None]:
         if missing[0].split()[0] in stats.GROUPS:
@@ -565,6 +581,7 @@ def _test(
         return first(counts) - sum(term(counts) for term in rest)
 
     own, other = (_resampled(table[m], split, replicates) for m in (part.method, part.baseline))
+    _check_labels(part.method, own.seeds, part.baseline, other.seeds)
     limits = metrics.paired_interval(own, other, score)
     return _decide(what, limits, len(seeds), part.expected, part.margin)
 
@@ -577,7 +594,8 @@ def _decide(
     margin: float,
     points: bool = True,
 ) -> tuple[str, Verdict]:
-    text = f"{what}: " + (_signed(*limits) if points else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*limits))
+    numbers = _signed(*limits) if points else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*limits)
+    text = f"{what}: " + (numbers if np.isfinite(limits).all() else numbers.partition(" ")[0])
     if seeds == 1:
         return f"{text} (one seed)", "open"
     return text, verdict(*limits[1:], expected, margin=margin)
@@ -587,9 +605,10 @@ def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row for every claim of the papers, indexed by its ID: what all notebooks together say of it.
 
     tables: by name `NN_claims`, rows as those of `judge` with the columns claim, found, verdict, data
-    Columns: paper, statement, published, found (a sentence for each notebook), data, verdict, notebooks (numbers).
-    The verdicts of several notebooks are one by `agreed`; a claim that no table judges is open. A row that only
-    points elsewhere ("see notebook 04") gives way to any other.
+    Columns: paper, statement, published, found (a sentence for each notebook), data, measured, verdict, notebooks
+    (numbers). A row is measured if it has a verdict or an interval. What the notebooks measure on the same data are
+    parts of one claim (`overall`), what they find on several is one by `agreed`; a claim that none measures is open.
+    A row that only points elsewhere ("see notebook 04") gives way to any other.
     Raises UserError for an unknown claim.
     """
     known = claims()
@@ -599,14 +618,18 @@ def claims_board(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         choose("claim", claim, known.index)
     pointer = rows["found"].str.startswith("see notebook")
     rows = rows[~pointer | ~rows["claim"].isin(rows.loc[~pointer, "claim"])]
+    rows["measured"] = (rows["verdict"] != "open") | rows["found"].str.contains(r"\[[^\]]*\d", regex=True)
+    on_data = rows[rows["measured"]].groupby(["claim", "data"])["verdict"].agg(overall)
     said = rows.assign(found=rows["notebook"] + " (" + rows["data"] + "): " + rows["found"]).groupby("claim")
     together = {
         "found": said["found"].agg("; ".join),
         "data": said["data"].unique().map(", ".join),
-        "verdict": said["verdict"].agg(agreed),
+        "measured": said["measured"].any(),
+        "verdict": on_data.groupby("claim").agg(agreed),
         "notebooks": said["notebook"].unique().map(", ".join),
     }
     paper = known.index.str.partition("-").get_level_values(0).map(PAPERS)
     board = known[["statement", "published"]].join(pd.DataFrame(together))
     board.insert(0, "paper", paper)
-    return board.fillna({"found": "no notebook that judges it was run", "data": "", "verdict": "open", "notebooks": ""})
+    nothing = {"found": "no notebook that judges it was run", "data": "", "verdict": "open", "notebooks": ""}
+    return board.fillna(nothing | {"measured": False}).astype({"measured": bool})

@@ -23,17 +23,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ltseg_core import metrics, stats
-from ltseg_core.config import Experiment, UserError, data_root
-from ltseg_core.methods import build_method
+from ltseg_core.config import Experiment, UserError, choose, data_root
+from ltseg_core.methods import METHODS, build_method
 from ltseg_core.models import build_model
 from ltseg_core.notebook import package_hash
 
+STUDIES = Path(__file__).resolve().parents[1] / "results"
+"""Where the repository keeps the runs of finished studies, without their weights."""
 Remembered = TypeVar("Remembered", pd.DataFrame, dict[Any, np.ndarray])
 FORMAT = 1  # of the run directory; raised when a reader of older runs would be wrong
 FILES = (
     "classes.csv", "confusion.npz", "environment.json", "experiment.json", "history.parquet", "metrics.parquet",
     "model.safetensors",
 )  # fmt: skip
+KEPT = ("classes.csv", "confusion.npz", "experiment.json", "history.parquet", "metrics.parquet")
+"""Of a run's files those that a study under `results/` has: all that scores, differences and intervals need."""
 
 
 def runs_folder(runs: str | os.PathLike[str] | None = None) -> Path:
@@ -92,8 +96,10 @@ class Run:
         return counts
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trained network's parameters and buffers. Raises UserError if their file is damaged."""
+        """The trained network's parameters and buffers. Raises UserError if they are not kept, or damaged."""
         path = self.path / "model.safetensors"
+        if not path.exists():
+            raise UserError(f"{self.path} is kept without the network's weights: train it again to look inside")
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
@@ -132,19 +138,35 @@ def finished(runs: str | os.PathLike[str] | None = None) -> list[Run]:
     What is no run directory, or not finished, is passed over. A directory that cannot be read as the run it is named
     after, or lacks a file, is left out with a warning that says so.
     """
-    folder, found = runs_folder(runs), []
+    return _runs_in(runs_folder(runs), FILES)
+
+
+def kept(study: str) -> list[Run]:
+    """The runs of a study that the repository keeps, e.g. "camvid_cpu", without their weights, in the order of METHODS.
+
+    Raises UserError for another name, naming the nearest one, and where the package stands without `results/`.
+    """
+    if not (studies := sorted({path.parent.parent.name for path in STUDIES.glob("*/*/experiment.json")})):
+        raise UserError(f"no kept studies in {STUDIES}: they come with the repository, not with the package alone")
+    runs, order = _runs_in(STUDIES / choose("study", study, studies), KEPT), list(METHODS)
+    return sorted(runs, key=lambda run: (order.index(run.experiment.method), run.experiment.seed))
+
+
+def _runs_in(folder: Path, files: Iterable[str]) -> list[Run]:
+    """The runs in a folder that have all these files, by key; a warning for others that are named as a run."""
+    found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not (re.fullmatch("[0-9a-f]{16}", path.name) and path.is_dir()):
             continue
         try:
             run = _read(path)
-            if missing := [name for name in FILES if not (path / name).is_file()]:
+            if missing := [name for name in files if not (path / name).is_file()]:
                 raise UserError(f"{path} is damaged ({missing[0]} is missing): delete it and run again")
             if path.name != (key := run.experiment.key()):
                 raise UserError(f"{path} holds the run {key}: give it that name, or delete it and run again")
             found.append(run)
         except UserError as error:
-            warnings.warn(f"left out: {error}", stacklevel=2)
+            warnings.warn(f"left out: {error}", stacklevel=3)
     return found
 
 

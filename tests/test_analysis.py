@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from ltseg_core import analysis, metrics, results, stats
+from ltseg_core import analysis, metrics, results, stats, viz
 from ltseg_core.config import Experiment, UserError
 from ltseg_core.data.base import SegmentationDataset
 from ltseg_core.models import Output
@@ -37,8 +37,11 @@ def make_run(tmp_path):
 
 
 def confusions(seed, better=0):
+    """(8, 3, 3); better: how many percent of the errors of class 2 are made good."""
     counts = np.random.default_rng(seed).integers(1, 60, (8, 3, 3))
-    counts[:, 2, 2] += better
+    good = counts[:, 2, :2] * better // 100
+    counts[:, 2, :2] -= good
+    counts[:, 2, 2] += good.sum(1)
     return counts
 
 
@@ -53,6 +56,35 @@ def test_methods_in_order_of_seed(runs):
     table = analysis.by_method(runs)
     assert list(table) == ["ce", "blv sigma=4"]
     assert [[r.experiment.seed for r in group] for group in table.values()] == [[0, 1, 2]] * 2
+
+
+def test_methods_are_averaged_over_the_same_classes(make_run):
+    """Class 1 has no pixel; one method calls a pixel so, the other does not: no change of mIoU beyond that pixel."""
+    plain = np.tile([[90, 0, 0], [0, 0, 0], [0, 0, 10]], (4, 1, 1))
+    stray = np.tile([[89, 1, 0], [0, 0, 0], [0, 0, 10]], (4, 1, 1))
+    runs = [make_run(plain), make_run(stray, method="pat")]
+    assert metrics.miou(stray.sum(0)) == pytest.approx((89 / 90 + 0 + 1) / 3)  # a third lost
+    levels = analysis.means(runs, replicates=50).query("metric == 'miou'")["value"]
+    assert levels.tolist() == pytest.approx([1, (89 / 90 + 1) / 2])
+    change = analysis.means(runs, baseline="ce", replicates=50).query("metric == 'miou'")
+    assert change[["value", "low", "high"]].iloc[0].tolist() == pytest.approx([-1 / 180] * 3)
+
+
+def test_other_labels_are_refused(make_run):
+    own = confusions(0)
+    relabelled = own.copy()
+    relabelled[0, [0, 1]] = relabelled[0, [1, 0]]
+    for seed, other in enumerate((relabelled, own[:7])):
+        runs = [make_run(own, seed=seed), make_run(other, seed=seed, method="pat")]
+        for compare in (analysis.means, analysis.per_class, analysis.class_changes):
+            with pytest.raises(UserError, match="pat and ce were evaluated on different labels"):
+                compare(runs, baseline="ce")
+        with pytest.raises(UserError, match="pat and ce were evaluated on different labels"):
+            analysis.judge(runs, {"PAT-01": [analysis.Comparison("pat")]})
+    runs = [make_run(own, seed=2), make_run(own, seed=2, method="pat")]
+    stats.write_counts(runs[1].path / "classes.csv", ClassCounts(COUNTS.pixels + 1, COUNTS.images), runs[0].classes)
+    with pytest.raises(UserError, match="pat and ce differ in their training labels"):
+        analysis.by_method(runs)
 
 
 def test_class_scores_are_those_of_all_classes_and_fp_per_tp_beside_them(runs):
@@ -71,7 +103,9 @@ def test_class_scores_are_those_of_all_classes_and_fp_per_tp_beside_them(runs):
 def test_a_class_that_is_never_found_has_no_fp_per_tp(make_run):
     counts = confusions(0)
     counts[:, :, 2] = 0
-    of = analysis.class_scores([make_run(counts)], 2, replicates=20).set_index("metric")["value"]
+    table = analysis.class_scores([make_run(counts), make_run(confusions(1), seed=1)], 2, replicates=20)
+    assert table.set_index("metric")["seeds"].to_dict() == {"iou": 2, "acc": 2, "precision": 1, "fp_per_tp": 1}
+    of = analysis.class_scores([make_run(counts, seed=2)], 2, replicates=20).set_index("metric")["value"]
     assert (of["iou"], of["acc"]) == (0, 0)
     assert np.isnan(of[["precision", "fp_per_tp"]]).all()
 
@@ -374,52 +408,41 @@ def test_run_table_holds_the_integers(make_run):
     assert table.iloc[0][["method", "seed", "split", "class"]].tolist() == ["ce", 3, "test", "road"]
 
 
-@pytest.mark.parametrize(("name", "title"), [("camvid_cpu", "## CamVid"), ("ccp_cpu", "## CCP")])
-def test_kept_studies_agree_with_what_is_said_of_them(name, title):
-    text = (Path(__file__).parents[1] / "results/README.md").read_text().partition(title)[2].partition("\n## ")[0]
-    cells = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|"))
-    rows = {method: scores for method, *scores in cells}
-    table = analysis.study(name).query("split == 'test'")
-    assert set(table["method"]) <= rows.keys()
-    for method, own in table.groupby("method"):
-        fp, fn = (own[column] - own["intersection"] for column in ("predicted_pixels", "target_pixels"))
-        found = metrics.Marginals(*(x.to_numpy(dtype=float) for x in (own["intersection"], fp, fn)))
-        scores = [score(found) for score in (metrics.miou, metrics.macc, metrics.pixel_acc)]
-        assert [f"{100 * x:.1f}" for x in scores] == [cell.split(" ")[0] for cell in rows[method][:3]]
-        np.testing.assert_allclose(own["iou"], metrics.iou(found), rtol=1e-12)
-        np.testing.assert_allclose(own["acc"], metrics.acc(found), rtol=1e-12)
+@pytest.mark.parametrize(("study", "title"), [("camvid_cpu", "## CamVid"), ("ccp_cpu", "## CCP")])
+def test_kept_studies_agree_with_what_is_said_of_them(study, title):
+    folder = Path(__file__).parents[1] / "results"
+    text = (folder / "README.md").read_text().partition(title)[2].partition("\n## ")[0]
+    rows = [line[1:-1].split("|") for line in text.splitlines() if line.startswith("|")]
+    header, _, *lines = ([cell.strip() for cell in row] for row in rows)
+    runs, short = results.kept(study), {name: metric for metric, name in viz.METRIC_LABELS.items()}
+    tables = {None: analysis.means(runs), "ce": analysis.means(runs, baseline="ce")}
+    tables = {k: t.set_index(["method", "metric"])[["value", "low", "high"]] for k, t in tables.items()}
 
+    def cell(method, column):
+        baseline, sign = ("ce", "+") if "against CE" in column else (None, "")
+        if method == baseline:
+            return ""
+        name = column.split(",")[0].removesuffix(" (%)")
+        metric = short.get(name) or " ".join(short.get(word, word) for word in name.split())
+        return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * tables[baseline].loc[method, metric]), s=sign)
 
-def test_an_unknown_study_is_refused():
-    with pytest.raises(UserError, match="unknown study 'camvid': did you mean 'camvid_cpu'"):
-        analysis.study("camvid")
-    with pytest.raises(UserError, match="unknown baseline 'cee': did you mean 'ce'"):
-        analysis.study_changes("camvid_cpu", baseline="cee")
-    with pytest.raises(UserError, match="unknown split 'tets': did you mean 'test'"):
-        analysis.study_changes("camvid_cpu", split="tets")
-
-
-def test_changes_of_a_study_are_those_of_its_runs(make_run, monkeypatch):
-    runs = [make_run(confusions(s, better), seed=s, method=m) for s in (0, 1) for m, better in (("ce", 0), ("pat", 40))]
-    for run in runs:
-        metrics_table = results.tidy_metrics({"test": run.confusion("test")}, run.classes, COUNTS)
-        metrics_table.to_parquet(run.path / "metrics.parquet")
-    monkeypatch.setattr(analysis, "study", lambda name: analysis.run_table(runs))
-    expected = analysis.class_changes(runs).set_index(["method", "seed", "class_id"])
-    found = analysis.study_changes("any").set_index(["method", "seed", "class_id"])
-    shared = [column for column in expected if column != "group"]
-    assert {"iou", "iou_before", "more_fp", "afforded_fp", "remark1"} <= set(shared)
-    pd.testing.assert_frame_equal(found[shared].sort_index(), expected[shared].sort_index(), check_names=False)
+    expected = [[method, *(cell(method, column) for column in header[1:])] for method in analysis.by_method(runs)]
+    assert sorted(lines) == sorted(expected)
+    written = pd.read_csv(folder / f"{study}.csv", keep_default_na=False)  # a class is called "null"
+    pd.testing.assert_frame_equal(written, analysis.run_table(runs), check_dtype=False)
 
 
 def test_majority_rule():
-    assert analysis.majority(0, 0, "cars") == ("cars: there is none", "open")
+    def judged(count, number):
+        part = analysis.Majority("cars", count, number)
+        return tuple(analysis.judge([], {"RR-09": [part]}).loc["RR-09", ["found", "verdict"]])
+
+    assert judged(0, 0) == ("cars: there is none", "open")
     k, n, z = 15, 18, 1.959964
     centre, half = (k + z**2 / 2) / (n + z**2), z / (n + z**2) * np.sqrt(k * (n - k) / n + z**2 / 4)
-    text, found = analysis.majority(k, n, "cars")
-    assert (text, found) == (f"cars: 15 of 18 [{centre - half:.0%}, {centre + half:.0%}]", "supported")
-    assert analysis.majority(n - k, n, "cars")[1] == "contradicted"
-    assert analysis.majority(2, 2, "cars")[1] == "open"  # two cases decide nothing
+    assert judged(k, n) == (f"cars: 15 of 18 [{centre - half:.0%}, {centre + half:.0%}]", "supported")
+    assert judged(n - k, n)[1] == "contradicted"
+    assert judged(2, 2)[1] == "open"  # two cases decide nothing
 
 
 def test_verdict_rule():
@@ -464,14 +487,21 @@ def test_judged_claims(runs, make_run):
             "MED-26": [analysis.Measured("over-confidence", (-0.012, -0.02, -0.004), 3, "negative"), better],
             "MED-12": [analysis.Measured("head", (0.0, -0.001, 0.001), 1, "equal", 0.01)],
             "MED-25": [analysis.Measured("nearer, in pixels", (-12.34, -20.0, -4.5), 3, "negative", points=False)],
+            "MED-24": [analysis.Exact("equal in every class", True)],
+            "PAT-18": [analysis.Exact("no difference", None)],
+            "PAT-19": [analysis.Measured("gap", (0.001, np.nan, np.nan), 3)],
+            "RR-10": [analysis.Exact("equal in every class", False), better],
+            "RR-11": [analysis.Exact("equal in every class", True), better._replace(metric="body acc")],
         },
         replicates=200,
     )
     verdicts = {"BLV-01": "supported", "BLV-02": "supported", "BLV-03x": "contradicted"} | dict.fromkeys(
-        ("MED-25", "MED-26"), "supported"
+        ("MED-24", "MED-25", "MED-26"), "supported"
     )
-    still_open = ["PAT-02", "MED-03", "BLV-04", "DIS-02", "MED-12"]
-    assert table["verdict"].to_dict() == verdicts | dict.fromkeys(still_open, "open")
+    still_open = ["PAT-02", "MED-03", "BLV-04", "DIS-02", "MED-12", "RR-11", "PAT-18", "PAT-19"]
+    assert table["verdict"].to_dict() == verdicts | {"RR-10": "contradicted"} | dict.fromkeys(still_open, "open")
+    assert table.loc["PAT-19", "found"] == "gap: +0.1"
+    assert table.loc["RR-10", "found"].startswith("equal in every class; tail acc of blv")
     assert table.loc["MED-26", "found"].startswith("over-confidence: -1.2 [-2.0, -0.4]; ")
     assert table.loc["MED-12", "found"] == "head: +0.0 [-0.1, +0.1] (one seed)"
     assert table.loc["MED-25", "found"] == "nearer, in pixels: -12.34 [-20.00, -4.50]"
@@ -493,34 +523,43 @@ def test_judged_claims(runs, make_run):
 
 
 def test_claims_board():
-    def table(**verdicts):
-        rows = [(c.replace("_", "-"), *v.split(": ")[::-1], "scenes") for c, v in verdicts.items()]
+    def table(data="scenes", **verdicts):
+        rows = [(c.replace("_", "-"), *v.split(": ")[::-1], data) for c, v in verdicts.items()]
         return pd.DataFrame(rows, columns=["claim", "found", "verdict", "data"])
 
     tables = {
         "02_claims": table(
-            RR_05="supported: falls", RR_06="open: -", BLV_01="supported: up", MED_02="open: see notebook 04"
+            RR_05="supported: falls", RR_06="open: -", BLV_01="supported: up", MED_02="open: see notebook 04",
+            X_06="supported: +2 [1, 3]", DIS_01="supported: up", DIS_02="supported: up",
         ),
         "04_claims": table(MED_02="contradicted: weaker"),
         "05_claims": table(
-            RR_05="open: one seed", RR_06="open: -", BLV_01="contradicted: down", PAT_18="open: see notebook 14"
+            RR_05="open: needs more", RR_06="open: -", BLV_01="contradicted: down", PAT_18="open: see notebook 14",
+            X_06="open: +1 [-1, 3]",
         ),
-    }
+        "13_claims": table("photographs", DIS_01="contradicted: down", DIS_02="open: +1 [-1, 3] (one seed)"),
+    }  # fmt: skip
     board = analysis.claims_board(tables)
     assert board.index.tolist() == analysis.claims().index.tolist()
     assert board.loc[["MED-02", "X-06"], "paper"].tolist() == ["MEDOE", "where papers disagree"]
     assert board["paper"].notna().all()
-    found = "02 (scenes): falls; 05 (scenes): one seed"
+    found = "02 (scenes): falls; 05 (scenes): needs more"
     assert board.loc["RR-05", ["verdict", "found"]].tolist() == ["supported", found]
     assert board.loc["RR-05", ["notebooks", "data"]].tolist() == ["02, 05", "scenes"]
-    assert board.loc[["RR-06", "BLV-01"], "verdict"].tolist() == ["open", "open"], "nobody knows; they disagree"
+    on_one = board.loc[["RR-06", "BLV-01", "X-06"], "verdict"].tolist()
+    assert on_one == ["open", "contradicted", "open"], "nobody knows; a part fails; a part is undecided"
+    assert board.loc[["DIS-01", "DIS-02"], "verdict"].tolist() == ["open", "supported"], "two data sets"
+    known = {"RR-05", "BLV-01", "X-06", "DIS-01", "DIS-02", "MED-02"}
+    assert set(board.index[board["measured"]]) == known, "those with a verdict or an interval"
     assert board.loc["MED-02", ["verdict", "found"]].tolist() == ["contradicted", "04 (scenes): weaker"]
     assert board.loc["PAT-18", ["verdict", "found"]].tolist() == ["open", "05 (scenes): see notebook 14"]
     assert board.loc["RR-01", ["verdict", "notebooks"]].tolist() == ["open", ""]
     assert "was run" in board.loc["RR-01", "found"]
     with pytest.raises(UserError, match="RR-99"):
         analysis.claims_board(tables | {"06_claims": table(RR_99="open: -")})
-    assert (analysis.claims_board({})["verdict"] == "open").all()
+    nothing = analysis.claims_board({})
+    assert (nothing["verdict"] == "open").all()
+    assert not nothing["measured"].any()
 
 
 def test_published_tables_are_carried_whole():

@@ -93,10 +93,10 @@ def test_runs_folder_order(monkeypatch, tmp_path):
 def write_run(tmp_path):
     """A function that writes a run directory whose files are all there; their content but the experiment's is empty."""
 
-    def write(**fields):
+    def write(folder="", **fields):
         e = Experiment(**fields)
-        path = tmp_path / e.key()
-        path.mkdir()
+        path = tmp_path / folder / e.key()
+        path.mkdir(parents=True)
         for name in results.FILES:
             (path / name).touch()
         stored = {"format": results.FORMAT, "experiment": e.to_dict()}
@@ -141,6 +141,25 @@ def test_a_damaged_run_is_left_out_and_named(write_run, tmp_path, damage, messag
         found = results.finished(tmp_path)
     assert [run.experiment.seed for run in found] == [0]
     assert len(caught) == 1
+
+
+def test_kept_runs_need_no_weights_and_say_so(write_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "STUDIES", tmp_path)
+    with pytest.raises(UserError, match="no kept studies in .*they come with the repository"):
+        results.kept("some")
+    paths = [write_run(folder="some", method=m, seed=s) for m, s in (("pat", 0), ("ce", 1), ("ce", 0))]
+    for path in paths:
+        (path / "model.safetensors").unlink()
+        (path / "environment.json").unlink()
+    runs = results.kept("some")
+    assert [(run.experiment.method, run.experiment.seed) for run in runs] == [("ce", 0), ("ce", 1), ("pat", 0)]
+    with pytest.raises(UserError, match="without the network's weights: train it again"):
+        runs[0].weights()
+    with pytest.raises(UserError, match="unknown study 'sone': did you mean 'some'"):
+        results.kept("sone")
+    (paths[0] / "confusion.npz").unlink()
+    with pytest.warns(UserWarning, match="confusion.npz is missing"):
+        assert len(results.kept("some")) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 half of one"])

@@ -538,6 +538,7 @@ def test_groups_of_a_method_share_a_row_with_their_intervals() -> None:
         ("ce", "tail", "ΔIoU", -0.1, -0.2, 0.0, 3),
         ("blv", "head", "ΔIoU", 0.2, 0.1, 0.3, 1),
         ("blv", "tail", "ΔAcc", 0.5, np.nan, np.nan, 3),
+        ("blv", "body", "ΔAcc", 0.1, 0.0, 0.2, 3),  # not in the first panel
     ]
     table = pd.DataFrame(rows, columns=["method", "group", "metric", "value", "low", "high", "seeds"])
     axes = viz.plot_by_group(table)
@@ -557,7 +558,7 @@ def test_groups_of_a_method_share_a_row_with_their_intervals() -> None:
         }
         drawn = {tuple(s[:, 0].round(9)) for s in segments(ax)}
         assert {tuple(r) for r in shown[["low", "high"]].dropna().to_numpy()} <= drawn
-    assert legend_of(axes[0].figure) == ["head", "tail"]
+    assert legend_of(axes[0].figure) == ["head", "body", "tail"]
     assert "one seed" in axes[0].figure.get_supxlabel()
     with pytest.raises(ValueError, match="expected 1 axes, one per metric, got 2"):
         viz.plot_by_group(table[:3], axes)

@@ -235,8 +235,9 @@ def plot_by_group(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.nda
         ax.xaxis.set_major_formatter(_percent)
         ax.grid(axis="x")
     _method_rows(axes[0], methods)
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    seen = {k: v for ax in axes for v, k in zip(*ax.get_legend_handles_labels(), strict=True)}
+    present = [group for group in GROUPS if group in seen]
+    axes[0].figure.legend([seen[group] for group in present], present, loc="outside upper left", ncols=3)
     if one_seed.any():
         axes[0].figure.supxlabel(HOLLOW, fontsize=8)
     return axes
