@@ -162,11 +162,14 @@ def test_kept_runs_need_no_weights_and_say_so(write_run, tmp_path, monkeypatch):
         assert len(results.kept("some")) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 half of one"])
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 half of one", None])
 def test_damaged_confusion_counts_say_what_to_do(write_run, tmp_path, content):
     path = write_run()
     run = results.find(Experiment(), tmp_path)
-    (path / "confusion.npz").write_bytes(content)
+    if content is None:
+        (path / "confusion.npz").unlink()
+    else:
+        (path / "confusion.npz").write_bytes(content)
     with pytest.raises(UserError, match=f"confusion.npz is damaged .*delete {path} and run again"):
         run.confusion("test")
     np.savez_compressed(path / "confusion.npz", test=np.eye(2, dtype=np.int32)[None])
