@@ -144,6 +144,12 @@ def fp_per_tp(counts: Array | Marginals, classes: Sequence[int] | np.ndarray) ->
     return _ratio(fp, tp) * _ratio(tp, tp)  # 0 / 0 is NaN where fp / 0 would be infinite
 
 
+def same_labels(a: Array | Marginals, b: Array | Marginals) -> bool:
+    """Whether two methods were evaluated on as many labelled pixels TP + FN of every class."""
+    x, y = marginals(a), marginals(b)
+    return bool(np.array_equal(x.tp + x.fn, y.tp + y.fn))
+
+
 def remark1(before: Array | Marginals, after: Array | Marginals) -> np.ndarray:
     """Whether each class meets Remark 1 of Region Rebalance, (..., C) bool: its IoU then does not fall.
 
@@ -408,7 +414,7 @@ def paired_interval(
     """Difference a - b of two methods with its paired interval: (difference, low, high).
 
     As `interval`, of the differences seed by seed, the images resampled alike for both methods; they must come in
-    the same order of seeds and images. Raises ValueError for different or other shapes.
+    the same order of seeds and images. Raises ValueError for other shapes, and for different ones or other labels.
     """
     x, y = (resample(counts, replicates=replicates, seed=seed) for counts in (a, b))
     if x.replicates.tp.shape != y.replicates.tp.shape or x.images != y.images:
@@ -417,6 +423,8 @@ def paired_interval(
             "a and b must come from the same seeds, images and classes, got "
             f"{s} x {n} x {c} and {s2} x {n2} x {c2} (seeds x images x classes)"
         )
+    if not same_labels(x.seeds, y.seeds):
+        raise ValueError("a and b differ in their labelled pixels: other images, or labels that changed since")
     samples = metric(x.replicates) - metric(y.replicates)
     return with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
 

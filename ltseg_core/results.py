@@ -36,7 +36,7 @@ FILES = (
     "classes.csv", "confusion.npz", "environment.json", "experiment.json", "history.parquet", "metrics.parquet",
     "model.safetensors",
 )  # fmt: skip
-KEPT = ("classes.csv", "confusion.npz", "experiment.json", "history.parquet", "metrics.parquet")
+KEPT = tuple(name for name in FILES if name not in ("environment.json", "model.safetensors"))
 """Of a run's files those that a study under `results/` has: all that scores, differences and intervals need."""
 
 
@@ -99,7 +99,10 @@ class Run:
         """The trained network's parameters and buffers. Raises UserError if they are not kept, or damaged."""
         path = self.path / "model.safetensors"
         if not path.exists():
-            raise UserError(f"{self.path} is kept without the network's weights: train it again to look inside")
+            raise UserError(
+                f"{self.path} is kept without the network's weights: train it again to look inside (a run of your own:"
+                " delete its folder first)"
+            )
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
