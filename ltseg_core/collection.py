@@ -412,6 +412,7 @@ def _keys(chosen: Sequence[Notebook], values: Mapping[str, Any], env: Mapping[st
         sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}),  # some are found twice
         [sys.version, env],
         sorted(p.name for p in data.iterdir()) if data.is_dir() else [],  # a data set that arrives is used
+        sorted(f"{p.parent.name}/{p.name}" for p in config.STUDIES.glob("*/*")),  # and so is a run that is kept
     ]
     keys: dict[str, str] = {}
     by_name = {n.name: n for n in chosen}

@@ -17,6 +17,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 IGNORE_INDEX = 255
+STUDIES = Path(__file__).resolve().parents[1] / "results"
+"""Where the repository keeps the runs of finished studies, without their weights."""
 
 
 class UserError(ValueError):
@@ -227,7 +229,7 @@ class Experiment:
 class Profile:
     """A named setting of the whole collection: what it is for, the seeds, and the experiments' common fields.
 
-    ablation_seeds: seeds of the arms that only an ablation needs; few where a laptop has to train them all
+    ablation_seeds: seeds of the arms that only an ablation needs; few where they are long to train
     """
 
     name: str
@@ -277,7 +279,7 @@ PROFILES = {
             "quick",
             "embedded scenes, nothing to download: every effect on a laptop's CPU",
             (0, 1, 2),
-            (0,),
+            (0, 1, 2),
             _SMALL | {"steps": 200, "batch_size": 6},
         ),
         Profile(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,13 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ltseg_core import metrics, stats
-from ltseg_core.config import Experiment, UserError, choose, data_root
+from ltseg_core.config import STUDIES, Experiment, UserError, choose, data_root
 from ltseg_core.methods import METHODS, build_method
 from ltseg_core.models import build_model
 from ltseg_core.notebook import package_hash
 
-STUDIES = Path(__file__).resolve().parents[1] / "results"
-"""Where the repository keeps the runs of finished studies, without their weights."""
 Remembered = TypeVar("Remembered", pd.DataFrame, dict[Any, np.ndarray])
 FORMAT = 1  # of the run directory; raised when a reader of older runs would be wrong
 FILES = (
@@ -108,11 +107,15 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is damaged ({error}): delete {self.path} and run again") from None
 
-    def network(self) -> torch.nn.Module:
-        """The trained network in evaluation mode, on the CPU."""
+    def untrained(self) -> torch.nn.Module:
+        """The network that is used at test time, with random weights: what a kept run can still show."""
         e = self.experiment
         plain = build_model(e.architecture, e.encoder, len(self.classes), **e.model_options)
-        network = build_method(e.method, plain, self.counts(), e.hyper)[-1].network
+        return build_method(e.method, plain, self.counts(), e.hyper)[-1].network
+
+    def network(self) -> torch.nn.Module:
+        """The trained network in evaluation mode, on the CPU."""
+        network = self.untrained()
         network.load_state_dict(self.weights())
         return network.eval()
 
@@ -135,6 +138,11 @@ def find(experiment: Experiment, runs: str | os.PathLike[str] | None = None) -> 
     return _read(path) if path.is_dir() else None
 
 
+def find_kept(experiment: Experiment) -> Run | None:
+    """The run of this experiment that a study under `results/` keeps without its weights, or None. Errors as `find`."""
+    return next((run for study in sorted(STUDIES.glob("*/")) if (run := find(experiment, study))), None)
+
+
 def finished(runs: str | os.PathLike[str] | None = None) -> list[Run]:
     """Every finished run in the runs folder, by key; none if there is no such folder.
 
@@ -153,6 +161,21 @@ def kept(study: str) -> list[Run]:
         raise UserError(f"no kept studies in {STUDIES}: they come with the repository, not with the package alone")
     runs, order = _runs_in(STUDIES / choose("study", study, studies), KEPT), list(METHODS)
     return sorted(runs, key=lambda run: (order.index(run.experiment.method), run.experiment.seed))
+
+
+def keep(runs: Iterable[Run], study: str) -> None:
+    """Copy finished runs to `results/<study>`, without their weights; those that are there already stay as they are."""
+    for run in runs:
+        final = STUDIES / study / run.path.name
+        if final.exists():
+            continue
+        with writing(final.parent):
+            partial = final.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name in KEPT:
+                shutil.copyfile(run.path / name, partial / name)
+            publish(partial, final)
 
 
 def _runs_in(folder: Path, files: Iterable[str]) -> list[Run]:

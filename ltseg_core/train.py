@@ -111,9 +111,13 @@ def _launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **place: Any) -> list[Run]:
+def fit_all(
+    experiments: Sequence[Experiment], *, weights: bool = True, jobs: int | None = None, **place: Any
+) -> list[Run]:
     """`fit` every experiment and return the runs in order. All that are missing are checked before one is trained.
 
+    weights: whether the trained networks are needed. False also takes runs that a study under `results/` keeps without
+    them, unless $LTSEG_TRAIN is "all"
     jobs: processes that train side by side (default: one on a GPU, else one per core: small networks train faster
     next to each other than on several threads each). Notebooks that run at the same time share the cores: together
     their trainings have no more threads than there are cores. Processes of one `accelerate launch` train each run
@@ -122,6 +126,10 @@ def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **pla
     """
     experiments, runs = [_named(e) for e in experiments], place.get("runs")
     missing = [e for e in dict.fromkeys(experiments) if results.find(e, runs) is None]
+    kept: dict[Experiment, Run] = {}
+    if not weights and os.environ.get("LTSEG_TRAIN") != "all":
+        kept = {e: run for e in missing if (run := results.find_kept(e))}
+        missing = [e for e in missing if e not in kept]
     for e in missing:
         _check_options(e)
         _refuse_where_forbidden(e, runs)
@@ -148,7 +156,7 @@ def fit_all(experiments: Sequence[Experiment], *, jobs: int | None = None, **pla
             _refuse_bad_options(e)
         for e in missing:
             _fit_on_free_cores(e, place)
-    return [fit(e, **place) for e in experiments]
+    return [kept.get(e) or fit(e, **place) for e in experiments]
 
 
 def _fit_on_free_cores(experiment: Experiment, place: dict[str, Any]) -> None:

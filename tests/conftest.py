@@ -21,7 +21,8 @@ DATA = Path(os.environ["LTSEG_DATA"]).resolve() if "LTSEG_DATA" in os.environ el
 @pytest.fixture(autouse=True)
 def _no_ambient_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Tests see neither the user's data root nor the user's runs."""
-    monkeypatch.delenv("LTSEG_DATA", raising=False)
+    for name in ("LTSEG_DATA", "LTSEG_TRAIN"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LTSEG_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("LTSEG_HEADLESS", "1")
 

@@ -252,7 +252,7 @@ def test_the_readme_lists_the_notebooks_with_their_answers_and_times():
 
 
 @pytest.mark.slow
-def test_collection_runs_once_and_again_only_what_changed(folder, run, tmp_path):
+def test_collection_runs_once_and_again_only_what_changed(folder, run, tmp_path, monkeypatch):
     ask = "import os, sys, json; keep = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'LTSEG_HEADLESS', 'LTSEG_RUNS'"
     show = "print(json.dumps([profile, seeds, sys.executable, os.getcwd(), *[os.environ[k] for k in keep]]))"
     figure = "import os, pathlib; pathlib.Path(os.environ['LTSEG_FIGURES'], 'a.txt').touch()"
@@ -283,6 +283,12 @@ def test_collection_runs_once_and_again_only_what_changed(folder, run, tmp_path)
     assert states(run(**options)) == expected
     # 02 needs 01, so both run again when a parameter of 01 changes; 03 was not asked for.
     assert states(run("02", **{**options, "profile": "quick"})) == {"01_first": "finished", "02_second": "finished"}
+    monkeypatch.setattr(config, "STUDIES", tmp_path / "studies")
+    for _ in range(2):
+        last = states(run("03"))
+    assert last == {"03_third": "up to date"}
+    (tmp_path / "studies" / "some" / "run").mkdir(parents=True)
+    assert states(run("03")) == {"03_third": "finished"}, "it may use the run that was kept since"
 
 
 @pytest.mark.slow

@@ -1,13 +1,15 @@
 """Run directories: atomic writes, tidy tables, refusals."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from ltseg_core import metrics, results
-from ltseg_core.config import Experiment, UserError
+from ltseg_core.config import Experiment, UserError, profile
 from ltseg_core.stats import ClassCounts
 
 COUNTS = ClassCounts(torch.tensor([90_000, 9_950, 50]), torch.tensor([10, 9, 2]))  # head, head, tail
@@ -144,22 +146,44 @@ def test_a_damaged_run_is_left_out_and_named(write_run, tmp_path, damage, messag
 
 
 def test_kept_runs_need_no_weights_and_say_so(write_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "STUDIES", tmp_path)
+    monkeypatch.setattr(results, "STUDIES", tmp_path / "studies")
     with pytest.raises(UserError, match="no kept studies in .*they come with the repository"):
         results.kept("some")
-    paths = [write_run(folder="some", method=m, seed=s) for m, s in (("pat", 0), ("ce", 1), ("ce", 0))]
-    for path in paths:
-        (path / "model.safetensors").unlink()
-        (path / "environment.json").unlink()
+    for m, s in (("pat", 0), ("ce", 1), ("ce", 0)):
+        write_run(folder="runs", method=m, seed=s)
+    results.keep(results.finished(), "some")
     runs = results.kept("some")
     assert [(run.experiment.method, run.experiment.seed) for run in runs] == [("ce", 0), ("ce", 1), ("pat", 0)]
+    assert {path.name for run in runs for path in run.path.iterdir()} == set(results.KEPT)
+    assert results.find_kept(runs[1].experiment) == runs[1]
+    assert results.find_kept(Experiment(method="blv")) is None
+    before = {path: path.stat().st_mtime_ns for run in runs for path in run.path.iterdir()}
+    results.keep(results.finished(), "some")
+    assert {path: path.stat().st_mtime_ns for run in runs for path in run.path.iterdir()} == before
     with pytest.raises(UserError, match="without the network's weights: train it again"):
         runs[0].weights()
     with pytest.raises(UserError, match="unknown study 'sone': did you mean 'some'"):
         results.kept("sone")
-    (paths[0] / "confusion.npz").unlink()
+    (runs[0].path / "confusion.npz").unlink()
     with pytest.warns(UserWarning, match="confusion.npz is missing"):
         assert len(results.kept("some")) == 2
+
+
+@pytest.mark.filterwarnings("error")  # a run under another name than its key, or without a file, would be left out
+def test_the_kept_arms_are_whole_and_of_the_quick_profile():
+    runs, quick, seeds = results.kept("quick_arms"), profile("quick"), {}
+    for run in runs:
+        e = run.experiment
+        names = ("method", "hyper", "seed", "architecture", "encoder", "model_options")
+        own = {name: getattr(e, name) for name in names}
+        assert quick.experiment(**own) == e, f"{run.path} differs from the profile in more than its arm"
+        seeds.setdefault(replace(e, seed=0), []).append(e.seed)
+    assert {tuple(sorted(s)) for s in seeds.values()} == {quick.seeds}
+    labels = {split: runs[0].confusion(split).sum(2) for split in ("val", "test")}
+    for run in runs[:: len(runs) // 10]:
+        counted = {split: run.confusion(split) for split in labels}
+        assert all(np.array_equal(counted[split].sum(2), labels[split]) for split in labels), "other labels"
+        pd.testing.assert_frame_equal(run.metrics, results.tidy_metrics(counted, run.classes, run.counts()))
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 half of one", None])
