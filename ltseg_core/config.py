@@ -273,7 +273,8 @@ PROFILES = {
             "embedded scenes, a few steps per run: does every notebook execute?",
             (0, 1),
             (0,),
-            _SMALL | {"data_options": {"images": 48}, "steps": 6, "eval_images": 24, "warmup_steps": 0},
+            _SMALL
+            | {"data_options": {"images": 48}, "steps": 6, "batch_size": 4, "eval_images": 24, "warmup_steps": 0},
         ),
         Profile(
             "quick",

@@ -112,24 +112,25 @@ def _launched() -> bool:
 
 
 def fit_all(
-    experiments: Sequence[Experiment], *, weights: bool = True, jobs: int | None = None, **place: Any
+    experiments: Sequence[Experiment], *, kept: Sequence[Experiment] = (), jobs: int | None = None, **place: Any
 ) -> list[Run]:
     """`fit` every experiment and return the runs in order. All that are missing are checked before one is trained.
 
-    weights: whether the trained networks are needed. False also takes runs that a study under `results/` keeps without
-    them, unless $LTSEG_TRAIN is "all"
+    kept: further experiments, whose runs come after the others. Their networks are not needed, so that a run without
+    weights will do that a study under `results/` keeps. $LTSEG_TRAIN "all" trains them, too
     jobs: processes that train side by side (default: one on a GPU, else one per core: small networks train faster
     next to each other than on several threads each). Notebooks that run at the same time share the cores: together
     their trainings have no more threads than there are cores. Processes of one `accelerate launch` train each run
     together, so one after the other. place: keyword arguments of `fit`
     Raises UserError as `fit` does, and if a process was killed.
     """
-    experiments, runs = [_named(e) for e in experiments], place.get("runs")
-    missing = [e for e in dict.fromkeys(experiments) if results.find(e, runs) is None]
-    kept: dict[Experiment, Run] = {}
-    if not weights and os.environ.get("LTSEG_TRAIN") != "all":
-        kept = {e: run for e in missing if (run := results.find_kept(e))}
-        missing = [e for e in missing if e not in kept]
+    experiments, kept, runs = [_named(e) for e in experiments], [_named(e) for e in kept], place.get("runs")
+    missing = [e for e in dict.fromkeys([*experiments, *kept]) if results.find(e, runs) is None]
+    found: dict[Experiment, Run] = {}
+    if os.environ.get("LTSEG_TRAIN") != "all":
+        unneeded = set(kept).difference(experiments)
+        found = {e: run for e in missing if e in unneeded and (run := results.find_kept(e))}
+        missing = [e for e in missing if e not in found]
     for e in missing:
         _check_options(e)
         _refuse_where_forbidden(e, runs)
@@ -156,7 +157,7 @@ def fit_all(
             _refuse_bad_options(e)
         for e in missing:
             _fit_on_free_cores(e, place)
-    return [kept.get(e) or fit(e, **place) for e in experiments]
+    return [found.get(e) or fit(e, **place) for e in [*experiments, *kept]]
 
 
 def _fit_on_free_cores(experiment: Experiment, place: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.stats import pearsonr, spearmanr
 
-from ltseg_core import data, stats
+from ltseg_core import config, data, stats
 from ltseg_core.config import UserError
 from ltseg_core.data.base import SegmentationDataset
 from ltseg_core.stats import ClassCounts
@@ -331,6 +332,15 @@ def test_correlation_edges():
 
 
 # --- published numbers, where the data is present
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["camvid", "ccp"])
+def test_the_kept_counts_of_components_are_those_of_the_labels(real_data, name):
+    table = pd.read_csv(config.STUDIES / "components.csv", keep_default_na=False).query("data == @name")
+    images = data.load(name, "train", real_data)
+    assert table["class"].tolist() == list(images.classes)
+    assert table["components"].tolist() == stats.component_counts(images).tolist()
 
 
 def test_published_imbalance_factors(real_data):

@@ -370,18 +370,20 @@ def test_a_kept_run_stands_in_where_no_weights_are_needed(tiny, tmp_path, monkey
     original = fit(tiny(), runs=tmp_path / "elsewhere")
     results.keep([original], "some")
     monkeypatch.setenv("LTSEG_TRAIN", "0")
-    (kept,) = fit_all([tiny()], weights=False)
+    (kept,) = fit_all([], kept=[tiny()])
     assert kept.path == tmp_path / "studies" / "some" / tiny().key()
     assert np.array_equal(kept.confusion("test"), original.confusion("test"))
     with pytest.raises(UserError, match="no finished run of ce"):
         fit_all([tiny()])
     with pytest.raises(UserError, match=r"no finished run of ce on .* \(seed 1\)"):
-        fit_all([tiny(), tiny(seed=1)], weights=False)
+        fit_all([], kept=[tiny(), tiny(seed=1)])
+    with pytest.raises(UserError, match="no finished run of ce"):
+        fit_all([tiny()], kept=[tiny()])
     monkeypatch.setenv("LTSEG_TRAIN", "all")
-    (own,) = fit_all([tiny()], weights=False)
+    (own,) = fit_all([], kept=[tiny()])
     assert own.path == tmp_path / "runs" / tiny().key()
     monkeypatch.delenv("LTSEG_TRAIN")
-    assert fit_all([tiny()], weights=False) == [own], "one's own run comes before the kept one"
+    assert fit_all([tiny()], kept=[tiny()]) == [own, own], "one's own run comes before the kept one"
 
 
 @pytest.mark.parametrize("train_one", [fit, lambda e: fit_all([e])[0]], ids=["fit", "fit_all"])
