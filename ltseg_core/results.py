@@ -238,13 +238,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def remembered(name: str, compute: Callable[[], Remembered]) -> Remembered:
+def remembered(name: str, compute: Callable[[], Remembered], runs: Iterable[Run] = ()) -> Remembered:
     """What `compute()` returns; called again after the same cells, it is read from a file.
 
     compute() gives a table, or arrays under names that are texts, numbers or tuples of them. For what takes seconds
     and follows from finished runs alone, so that figures can be drawn again at once. The file lies in the folder of
     runs and may be deleted; its name is a hash of `name`, of every cell that this kernel ran so far, of the package,
-    and of the folders of runs and data. Outside IPython nothing is kept.
+    of the folders of runs and data, and of `runs`: which ones, and when they were written. Name those that may be
+    kept ones here, as one's own run takes the place of a kept one. Outside IPython nothing is kept.
     """
     from IPython import get_ipython
 
@@ -252,6 +253,7 @@ def remembered(name: str, compute: Callable[[], Remembered]) -> Remembered:
         return compute()
     folder = runs_folder()
     past = [name, shell.user_ns["In"], package_hash(), str(data_root().resolve()), str(folder.resolve())]
+    past += [[str(run.path.resolve()), (run.path / "confusion.npz").stat().st_mtime_ns] for run in runs]
     stem = folder / "remembered" / hashlib.sha256(json.dumps(past).encode()).hexdigest()[:32]
     with (  # absent or damaged: computed again
         suppress(OSError, ValueError, BadZipFile),

@@ -1,5 +1,7 @@
 """Figures again from finished runs: the same files as the kernels write, and what is remembered between the two."""
 
+import os
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from traitlets.config import Config
 
 from ltseg_core import collection, results
+from ltseg_core.config import Experiment
 from ltseg_core.redraw import redraw
 
 
@@ -89,6 +92,24 @@ def test_remembered_until_a_cell_the_package_or_a_folder_changes(shell, monkeypa
         path.write_bytes(path.read_bytes()[:20])
     assert results.remembered("x", value)["a"].tolist() == [0, 1, 2], "a damaged file is computed again"
     assert len(calls) == 6
+
+
+def test_remembered_until_another_run_takes_the_place_of_one(shell, tmp_path):
+    calls, runs = [], [results.Run(tmp_path / place, Experiment()) for place in ("kept", "own")]
+    for run in runs:
+        run.path.mkdir()
+        (run.path / "confusion.npz").write_bytes(b"")
+
+    def value():
+        calls.append(1)
+        return {"a": np.ones(1)}
+
+    for expected, run in ((1, runs[0]), (1, runs[0]), (2, runs[1]), (2, runs[0])):
+        results.remembered("x", value, [run])
+        assert len(calls) == expected
+    os.utime(runs[0].path / "confusion.npz", ns=(0, 0))
+    results.remembered("x", value, runs[:1])
+    assert len(calls) == 3, "trained again"
 
 
 def test_remembered_tables(shell):
