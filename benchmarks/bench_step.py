@@ -41,7 +41,7 @@ def decoder_steps(
         maps = network.encode(image)
 
     def logits() -> Tensor:
-        return network.resize(network.classifier(network.decode(maps)), image)
+        return network.resize(network.classify(network.decode(maps)), image)
 
     def step(forward: Callable[[], Tensor], gradient: Tensor) -> None:
         for _ in range(decoders):

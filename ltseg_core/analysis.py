@@ -52,6 +52,7 @@ def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
     Raises UserError if there are none, if two share method and seed, if the methods differ in seeds, or if any two
     differ in anything but method, hyper-parameters and seed, or in their training labels: they could not be compared.
+    With `labelled_images` each seed has its own labels, the same for all methods.
     """
     table: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.experiment.seed):
@@ -65,7 +66,7 @@ def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
             raise UserError(f"{name} has several runs of one seed ({seeds}): compare runs of one setting at a time")
         if seeds != (expected := [run.experiment.seed for run in reference]):
             raise UserError(f"{name} has the seeds {seeds}, {first} {expected}: a paired comparison needs the same")
-        for run in group:
+        for run, same_seed in zip(group, reference, strict=True):
             own, other = (r.experiment.to_dict() for r in (run, reference[0]))
             for what in own.keys() - MAY_DIFFER:
                 if own[what] != other[what]:
@@ -73,7 +74,8 @@ def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
                         f"{name} (seed {run.experiment.seed}) and {first} differ in {what}: {own[what]!r} and"
                         f" {other[what]!r}; they cannot be compared"
                     )
-            mine, theirs = run.counts(), reference[0].counts()
+            labelled = same_seed if run.experiment.labelled_images else reference[0]
+            mine, theirs = run.counts(), labelled.counts()
             relabelled = not (mine.pixels.equal(theirs.pixels) and mine.images.equal(theirs.images))
             for what, differ in (("class lists", run.classes != reference[0].classes), ("training labels", relabelled)):
                 if differ:

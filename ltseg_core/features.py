@@ -241,7 +241,7 @@ def by_class(
         np.bincount(flat, weight.ravel(), minlength=np.prod(shape)).reshape(shape)
         for weight in (np.where(present, v, 0), present.astype(float))
     )
-    drawn = stats.resampling_weights(np.random.default_rng(seed), replicates, n)  # (R, n)
+    drawn = stats.resampling_weights(seed, replicates, n)  # (R, n)
     with np.errstate(invalid="ignore"):
         return ByClass(sums.sum(1) / sizes.sum(1), (drawn @ sums) / (drawn @ sizes), n)
 

@@ -376,7 +376,7 @@ def resample(counts: Array | Marginals | Resampled, *, replicates: int = 2000, s
     m = np.stack([v.cpu().numpy() if isinstance(v, Tensor) else v for v in marginals(counts)])
     if m.ndim != 4 or 0 in m.shape:
         raise ValueError(f"expected counts of shape (S, N, C, C), none of them 0, got marginals of shape {m.shape[1:]}")
-    drawn = resampling_weights(np.random.default_rng(seed), replicates, m.shape[2])  # (R, N)
+    drawn = resampling_weights(seed, replicates, m.shape[2])  # (R, N)
     return Resampled(Marginals(*m.sum(2)), Marginals(*np.matmul(drawn, m)), m.shape[2])
 
 
@@ -448,7 +448,7 @@ def bootstrap(
     sums = np.asarray(sums.cpu() if isinstance(sums, Tensor) else sums, dtype=np.float64)
     if sums.ndim < 2 or 0 in sums.shape:
         raise ValueError(f"expected sums of shape (S, N, ...), none of them 0, got {sums.shape}")
-    drawn = resampling_weights(np.random.default_rng(seed), replicates, sums.shape[1])  # (R, N)
+    drawn = resampling_weights(seed, replicates, sums.shape[1])  # (R, N)
     parts = np.array_split(drawn, -(-replicates * sums[:, 0].size // 2**23))  # 64 MB of replicates at a time
     flat = sums.reshape(*sums.shape[:2], -1)
     samples = [score((part @ flat).reshape(len(flat), len(part), *sums.shape[2:])) for part in parts]

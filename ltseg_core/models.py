@@ -46,7 +46,7 @@ LOCAL_WEIGHTS = {"mobilenet_v2_imagenet": LocalWeights("mobilenet_v2", ((0.5,) *
 
 
 class Output(NamedTuple):
-    """features: (B, D, h, w), what the classifier sees;  logits: (B, C, H, W) at the size of the image;
+    """features: (B, D, h, w), what the classifier sees, before dropout;  logits: (B, C, H, W) at the size of the image;
     auxiliary: logits (B, C, H, W) of the auxiliary head, in training mode only."""
 
     features: Tensor
@@ -115,16 +115,17 @@ class SegmentationNetwork(nn.Module):
         self.decoder: Any = model.decoder
         head = model.segmentation_head
         self.classifier: Any
+        self.dropout: Any
         self.stride: int
         self.is_dpt = not isinstance(head, nn.Sequential)
         if self.is_dpt:  # its head is conv, norm, ReLU, dropout, Conv2d; it halves the encoder's last map once more
-            self.neck, self.classifier, self.stride = (
-                head.head[:-1],
-                head.head[-1],
-                2 * self.encoder.output_stride,
-            )
+            *neck, self.dropout, self.classifier = head.head
+            self.neck, self.stride = nn.Sequential(*neck), 2 * self.encoder.output_stride
         else:  # Conv2d, upsampling, activation
             self.neck, self.classifier, self.stride = nn.Identity(), head[0], self.encoder.output_stride
+            self.dropout = getattr(self.decoder, "dropout", nn.Identity())
+            if hasattr(self.decoder, "dropout"):  # its last step, which `classify` takes
+                self.decoder.dropout, self.dropout.inplace = nn.Identity(), False
         if classifier is not None:
             self.classifier = classifier(self.classifier.in_channels, self.classifier.out_channels)
         self.register_buffer("mean", torch.tensor(scaling[0]).view(1, 3, 1, 1))
@@ -161,6 +162,10 @@ class SegmentationNetwork(nn.Module):
         """(B, 3, H, W) in [0, 1] -> (B, D, h, w); h, w belong to the padded image."""
         return self.decode(self.encode(image))
 
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (B, D, h, w) -> logits (B, C, h, w). Dropout comes first in the architectures that end with it."""
+        return self.classifier(self.dropout(features))
+
     def resize(self, logits: Tensor, image: Tensor) -> Tensor:
         """Low-resolution logits (B, C, h, w) of the padded image -> (B, C, H, W) of the image."""
         height, width = image.shape[-2:]
@@ -172,7 +177,7 @@ class SegmentationNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> Output:
         features, auxiliary = self.decode_with_auxiliary(self.encode(image), image)
-        return Output(features, self.resize(self.classifier(features), image), auxiliary)
+        return Output(features, self.resize(self.classify(features), image), auxiliary)
 
 
 def padding(shape: Sequence[int], stride: int) -> tuple[int, int]:

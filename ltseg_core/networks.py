@@ -200,7 +200,8 @@ class OCRDecoder(nn.Module):
         )
         self.value = conv_norm_relu(channels, key_channels, 1)
         self.context = conv_norm_relu(key_channels, channels, 1)
-        self.fuse = nn.Sequential(conv_norm_relu(2 * channels, channels, 1), nn.Dropout2d(dropout))
+        self.fuse = conv_norm_relu(2 * channels, channels, 1)
+        self.dropout = nn.Dropout2d(dropout)
 
     def with_regions(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Features (B, channels, h, w), and the logits (B, C, h, w) of the soft object regions."""
@@ -208,7 +209,7 @@ class OCRDecoder(nn.Module):
         regions, pixels = self.regions(x), self.pixels(x)
         objects = region_features(regions, pixels).transpose(1, 2)[..., None]  # (B, D, C, 1)
         context = self.context(object_context(self.query(pixels), self.key(objects), self.value(objects)))
-        return self.fuse(torch.cat([context, pixels], dim=1)), regions
+        return self.dropout(self.fuse(torch.cat([context, pixels], dim=1))), regions
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         return self.with_regions(maps)[0]

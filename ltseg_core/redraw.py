@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import graphlib
 import io
 import multiprocessing
@@ -108,6 +109,7 @@ def _draw(path: str, parameters: Mapping[str, Any], env: Mapping[str, str]) -> t
     from traitlets.config import Config
 
     begin = time.monotonic()
+    gc.freeze()  # what the server imported is no garbage: no collection looks at it
     os.environ.update(env)  # the server may have been started with another one
     os.chdir(Path(path).parent)
     nb = parameterize_notebook(load_notebook_node(path), parameters, language="python", kernel_name="python3")

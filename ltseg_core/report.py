@@ -302,7 +302,10 @@ def _method(name: str, means: Mapping[str, pd.DataFrame], texts: Mapping[str, st
     method, label = METHODS[name], viz.method_style(name).label
     command = f"``ltseg train --method {name}`` trains it."
     if method.first:
-        command += f" It starts from the finished run of ``{method.first}`` and adds {method.length:.0%} of its steps."
+        command += (
+            f" It starts from the finished run of ``{method.first}``, or of the method that its hyper-parameter ``first``"
+            f" names, and adds {method.length:.0%} of its steps."
+        )
     directive = "autoclass" if inspect.isclass(described) else "autofunction"
     signature = f"{command}\n\n.. {directive}:: {described.__module__}.{described.__qualname__}\n"
     parts = [signature, _title("Notation", "-"), _prose(module)]

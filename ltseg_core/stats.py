@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -298,7 +299,7 @@ def resampled_correlations(
     for values in (x, y):
         if not (finite := np.isfinite(values)).all():
             raise ValueError(f"values must be finite, got {values[~finite][0]} (log of a zero count?)")
-    times = np.vstack([np.ones(n), resampling_weights(np.random.default_rng(seed), replicates, n)])  # (1 + R, n)
+    times = np.vstack([np.ones(n), resampling_weights(seed, replicates, n)])  # (1 + R, n)
 
     def standardised(values: np.ndarray) -> np.ndarray:  # (n,) -> (1 + R, n): mean 0 and length 1 in each resample
         first = values[(times > 0).argmax(1), None]
@@ -334,12 +335,15 @@ def difference_of_independent(
     return a - b, a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
 
 
-def resampling_weights(rng: np.random.Generator, replicates: int, n: int) -> np.ndarray:
-    """How often each of n items is drawn in n draws with replacement, (R, n) float64."""
+@lru_cache(maxsize=8)
+def resampling_weights(seed: int, replicates: int, n: int) -> np.ndarray:
+    """How often each of n items is drawn in n draws with replacement, (R, n) float64, read-only: it is kept."""
     if replicates < 1:
         raise ValueError(f"replicates must be >= 1, got {replicates}")
-    cells = rng.integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
-    return np.bincount(cells.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
+    cells = np.random.default_rng(seed).integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
+    weights = np.bincount(cells.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
+    weights.flags.writeable = False
+    return weights
 
 
 def percentile_interval(samples: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ from ltseg_core.data.batches import (
     recolour,
 )
 from ltseg_core.losses import LOSSES, PixelLoss
-from ltseg_core.methods import METHODS, build_method
+from ltseg_core.methods import METHODS, build_method, start_and_options
 from ltseg_core.methods.base import Stage
 from ltseg_core.models import build_model
 from ltseg_core.results import Run
@@ -672,13 +672,14 @@ def _named(e: Experiment) -> Experiment:
 
 def _first(e: Experiment) -> Experiment | None:
     """The experiment from whose run this one starts."""
-    first = METHODS[e.method].first
+    first, _ = start_and_options(e.method, e.hyper)
     return replace(e, method=first, hyper={}) if first else None
 
 
 def _check_options(e: Experiment) -> dict[str, Any]:
-    """The hyper-parameters, of known names and types."""
-    return check_options(f"hyper-parameter of {e.method}", e.hyper, LOSSES.get(e.method) or METHODS[e.method].build)
+    """The hyper-parameters but `first`, of known names and types."""
+    _, options = start_and_options(e.method, e.hyper)
+    return check_options(f"hyper-parameter of {e.method}", options, LOSSES.get(e.method) or METHODS[e.method].build)
 
 
 def _refuse_where_forbidden(e: Experiment, runs: str | os.PathLike[str] | None) -> None:

@@ -87,6 +87,22 @@ def test_other_labels_are_refused(make_run):
         analysis.by_method(runs)
 
 
+def test_with_few_labels_each_seed_has_its_own(make_run):
+    few = {"labelled_images": 5, "ema_decay": 0.9}
+    runs = [make_run(confusions(s), seed=s, method=m, **few) for m in ("ce", "pat") for s in (0, 1)]
+    for run in runs:
+        own = ClassCounts(COUNTS.pixels + run.experiment.seed, COUNTS.images)
+        stats.write_counts(run.path / "classes.csv", own, run.classes)
+    runs = [Run(run.path, run.experiment) for run in runs]  # what was read is kept
+    assert {m: [r.experiment.seed for r in g] for m, g in analysis.by_method(runs).items()} == dict(
+        ce=[0, 1], pat=[0, 1]
+    )
+    stats.write_counts(runs[3].path / "classes.csv", COUNTS, runs[3].classes)
+    runs[3] = Run(runs[3].path, runs[3].experiment)
+    with pytest.raises(UserError, match="pat and ce differ in their training labels"):
+        analysis.by_method(runs)
+
+
 def test_class_scores_are_those_of_all_classes_and_fp_per_tp_beside_them(runs):
     table = analysis.class_scores(runs, 1, replicates=50)
     assert table["seeds"].eq(3).all()

@@ -564,7 +564,7 @@ def test_bootstrap_of_a_metric_is_its_interval_and_of_a_difference_its_paired_in
 def test_bootstrap_in_parts_is_bootstrap_at_once():
     sums = np.random.default_rng(0).random((2, 5, 4000))  # 2000 replicates of it take two parts
     score = lambda x: x[..., :3] / x.sum(-1, keepdims=True)  # noqa: E731
-    drawn = stats.resampling_weights(np.random.default_rng(0), 2000, 5)
+    drawn = stats.resampling_weights(0, 2000, 5)
     samples = score(np.einsum("rn,snk->srk", drawn, sums)).mean(0)
     value, low, high = bootstrap(sums, score)
     each = score(sums.sum(1))

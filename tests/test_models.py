@@ -98,6 +98,24 @@ def test_swin_at_its_own_size_is_the_library_swin(encoder):
             assert torch.allclose(own, reference, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["FPN", "PSPNet", "PSPNetDilated", "OCR", "DPT"])
+def test_last_dropout_comes_after_the_features(architecture):
+    network = build_model(architecture, "tu-vit_tiny_patch16_224" if architecture == "DPT" else SMALL, 3).eval()
+    image = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        plain = network(image)
+        network.dropout.train().p = 0.5
+        torch.manual_seed(0)
+        features, logits, _ = network(image)
+        torch.manual_seed(0)
+        expected = network.classifier(network.dropout(plain.features))
+        assert torch.equal(features, plain.features)
+        assert torch.equal(logits, network.resize(expected, image))
+        assert not torch.equal(logits, plain.logits)
+    dropouts = [m for m in network.decoder.modules() if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d))]
+    assert not dropouts  # none is applied twice
+
+
 def test_features_are_the_decoded_maps():
     network = build_model("FPN", SMALL, 3).eval()
     image = torch.rand(1, 3, 40, 60)

@@ -286,6 +286,10 @@ def test_a_first_stage_of_other_data_is_refused(tiny, tmp_path, what, message):
         ("disalign", {"magnitude": False, "margin": False}, "nothing is calibrated"),
         ("tau_norm", {"tau": -1}, "tau must be"),
         ("crt", {"samples": 0}, "samples must be"),
+        ("lws", {"first": "repeat_factr"}, "unknown first method .* did you mean 'repeat_factor'"),
+        ("ncm", {"first": "medoe"}, "unknown first method 'medoe'"),
+        ("balanced_bound", {"first": "crt"}, "unknown first method 'crt'"),
+        ("repeat_factor", {"first": "ce"}, "unknown hyper-parameter of repeat_factor 'first'"),
     ],
 )
 def test_a_second_stage_is_refused_before_the_first_is_trained(tiny, tmp_path, method, hyper, message):
@@ -766,13 +770,21 @@ def test_every_method_gives_finite_gradients_to_what_it_trains(method):
         learner.zero_grad()
 
 
+SEVERAL = [(name, {}) for name in METHODS if METHODS[name].first] + [
+    ("medoe", {"cuts": [1, 3]}),
+    ("ncm", {"first": "focal"}),
+    ("crt", {"first": "Region_Rebalance", "samples": 100}),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].first or name == "medoe"])
-def test_methods_of_several_stages_start_from_their_first_run(tiny, method):
-    e = tiny(method=method, hyper={"cuts": [1, 3]} if method == "medoe" else {}, steps=12)
+@pytest.mark.parametrize(("method", "hyper"), SEVERAL)
+def test_methods_of_several_stages_start_from_their_first_run(tiny, method, hyper):
+    e = tiny(method=method, hyper=hyper, steps=12)
     run = fit(e)
-    first = results.find(tiny(steps=12)) if METHODS[method].first else None
-    assert (first is not None) == bool(METHODS[method].first)
+    usual = METHODS[method].first
+    first = results.find(tiny(method=hyper.get("first", usual).lower(), steps=12)) if usual else None
+    assert (first is not None) == bool(usual)
     if first:
         shared = [k for k in weights(first) if k.startswith("encoder.")]
         assert shared

@@ -29,7 +29,7 @@ METHODS: dict[str, Method] = {
     "repeat_factor": Method(two_stage.repeat_factor),
     "region_rebalance": Method(region_rebalance.build),
     "medoe": Method(medoe.build),
-    # on the finished cross-entropy run of the same seed
+    # on the finished run of the same seed: of cross-entropy, or of the method that `first` names (`start_and_options`)
     "disalign": Method(disalign.disalign, first="ce", length=0.25),
     "crt": Method(two_stage.crt, first="ce", length=0.25),
     "lws": Method(two_stage.lws, first="ce", length=0.25),
@@ -38,6 +38,19 @@ METHODS: dict[str, Method] = {
     "posthoc_logit_adjustment": Method(two_stage.posthoc_logit_adjustment, first="ce", length=0),
     "ncm": Method(two_stage.ncm, first="ce", length=0),
 }
+
+
+def start_and_options(name: str, hyper: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The method whose finished run this one starts from (None: from scratch), and the other hyper-parameters.
+
+    Every method with a `first` takes another one as hyper-parameter `first`: a method that trains the whole network and
+    leaves it as it was built, so that its features are what differs. Raises UserError for one that does not.
+    """
+    options, usual = dict(hyper), METHODS[name].first
+    if usual is None:
+        return None, options
+    plain = [other for other, method in METHODS.items() if method.first is None and method.build is not medoe.build]
+    return choose("first method", options.pop("first", usual), plain), options
 
 
 def build_method(name: str, network: SegmentationNetwork, counts: ClassCounts, hyper: Mapping[str, Any]) -> list[Stage]:
@@ -49,4 +62,4 @@ def build_method(name: str, network: SegmentationNetwork, counts: ClassCounts, h
     name = choose("method", name, METHODS)
     if network.classifier.out_channels != counts.num_classes:
         raise UserError(f"the network has {network.classifier.out_channels} classes, the counts {counts.num_classes}")
-    return METHODS[name].build(network, counts, **hyper)
+    return METHODS[name].build(network, counts, **start_and_options(name, hyper)[1])

@@ -46,7 +46,8 @@ class Method:
     """How to build a method's stages, and where it starts.
 
     build:  (network, counts, *, keyword-only hyper-parameters) -> stages
-    first:  a method whose finished run of the same experiment gives the weights to start from; None: from scratch
+    first:  the method whose finished run of the same experiment gives the weights to start from, unless a
+            hyper-parameter `first` names another; None: from scratch
     length: steps of the method's own stages, as a share of the experiment's
     """
 

@@ -80,7 +80,7 @@ class CalibratedNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> Output:
         features = self.network.features(image)
-        logits = self.calibrate(self.network.classifier(features), features)
+        logits = self.calibrate(self.network.classify(features), features)
         return Output(features, self.network.resize(logits, image))
 
 

@@ -253,7 +253,7 @@ class Experts(nn.Module):
         else:
             seen = self._seen(maps)
             every = [features if expert is base else expert.decode(seen) for expert in experts]
-        logits = tuple(base.resize(expert.classifier(own), image) for expert, own in zip(experts, every, strict=True))
+        logits = tuple(base.resize(expert.classify(own), image) for expert, own in zip(experts, every, strict=True))
         return ExpertOutput(every[0], logits[0], logits, auxiliary)
 
     def _seen(self, maps: Any) -> Any:

@@ -6,10 +6,9 @@ Training adds a branch that classifies the mean decoder feature of each region w
     L_reg = -1/|R| sum_{(b,k) in R} log( F_k e^{g_k} / sum_j F_j e^{g_j} ),   g = W r_bk + beta
     L     = L_pixel + lambda L_reg
 
-X (B, D, h, w) is what the pixel classifier sees, y (B, H, W) the labels, S_bk the pixels of class k in image b,
-F_k the training images that contain class k (Eq. 7), at least 1. Ignored pixels are in no region. The branch
-belongs to the criterion, so what is evaluated and stored is the plain network. Differs: in decoders that end with
-dropout (PSPNet, FPN, DPT, OCR) X comes after it; the authors take it before.
+X (B, D, h, w) is what the pixel classifier sees, before dropout, y (B, H, W) the labels, S_bk the pixels of class k in
+image b, F_k the training images that contain class k (Eq. 7), at least 1. Ignored pixels are in no region. The branch
+belongs to the criterion, so what is evaluated and stored is the plain network.
 """
 
 from __future__ import annotations

@@ -27,14 +27,18 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
     Raises ValueError for a name that is not one word of letters, digits, "_", "-" and "."; UserError if the
     folder cannot be written.
     """
+    import matplotlib as mpl
+
     unnamed = {
         "svg": {"Date": None, "Creator": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
         "png": {"Software": None},
     }
-    with style():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it would move things a little at every drawing
+    # Laid out once: with an engine each file would be drawn twice, and things move a little at every drawing.
+    with style(), mpl.rc_context({"figure.constrained_layout.use": False}):
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)
+        figure.set_layout_engine(None)
         for kind, metadata in unnamed.items():
             _save(partial(figure.savefig, format=kind, metadata=metadata, dpi=DPI), name, kind, folder)
     return _folder(folder) / f"{name}.png"
