@@ -88,6 +88,18 @@ def counts_of(runs: Sequence[Run], split: str = "test") -> np.ndarray:
     return np.stack([run.confusion(split) for run in runs])
 
 
+def _groups(runs: Sequence[Run], given: Sequence[str] | None = None) -> list[str]:
+    """The groups given, else those by share of the training pixels, where these are the same for all runs."""
+    if given is not None:
+        return list(given)
+    if len({tuple(stats.groups(run.counts())) for run in runs}) > 1:
+        raise UserError(
+            "with few labels each seed has its own counts, and here other groups: pass groups=, e.g."
+            " stats.groups(counts) of all training images"
+        )
+    return stats.groups(runs[0].counts())
+
+
 def group_score(score: Callable[..., Any], groups: Sequence[str], group: str) -> Callable[[Any], Any]:
     """A metric that is the mean of a per-class metric over the classes of one group ("all" takes every class).
 
@@ -129,7 +141,7 @@ def means(
     """
     rows = []
     for method, group, interval in _compared(runs, baseline, split, replicates):
-        for name, score in _scores(groups or stats.groups(group[0].counts())).items():
+        for name, score in _scores(_groups(group, groups)).items():
             rows.append((method, name, *interval(score), len(group)))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
@@ -144,7 +156,7 @@ def per_class(
     for method, group, interval in _compared(runs, baseline, split, replicates):
         for name, score in PER_CLASS.items():
             value, low, high = interval(score)
-            frames.append(_class_columns(group[0], method, name).assign(value=value, low=low, high=high))
+            frames.append(_class_columns(group, method, name).assign(value=value, low=low, high=high))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -194,14 +206,14 @@ def _resampled(group: Sequence[Run], split: str, replicates: int) -> metrics.Res
     return metrics.resample(counts_of(group, split), replicates=replicates)
 
 
-def _class_columns(run: Run, method: str, metric: str) -> pd.DataFrame:
-    counts = run.counts()
+def _class_columns(runs: Sequence[Run], method: str, metric: str) -> pd.DataFrame:
+    run, counts = runs[0], runs[0].counts()
     return pd.DataFrame(
         {
             "method": method,
             "class_id": range(len(run.classes)),
             "class": run.classes,
-            "group": stats.groups(counts),
+            "group": _groups(runs),
             "train_pixels": counts.pixels.numpy(),
             "metric": metric,
         }
@@ -224,7 +236,7 @@ def class_changes(runs: Iterable[Run], *, baseline: str = "ce", split: str = "te
         for run, other in zip(group, reference, strict=True):
             old, new = (metrics.marginals(r.confusion(split).sum(0, dtype=np.int64)) for r in (other, run))
             _check_labels(method, new, baseline, old)
-            plain = _class_columns(run, method, "").drop(columns="metric")
+            plain = _class_columns([run], method, "").drop(columns="metric")
             with np.errstate(divide="ignore", invalid="ignore"):
                 columns = {
                     **{name: score(new) for name, score in CHANGING.items()},
@@ -571,7 +583,7 @@ def _test(
         table = by_method([group[seed] for group in both for seed in seeds])
     else:
         return f"{what}: not run here", "open"
-    scores = _scores(groups or stats.groups(both[0][seeds[0]].counts())) | {"dice_error": metrics.dice_error}
+    scores = _scores(_groups(table[part.method], groups)) | {"dice_error": metrics.dice_error}
     terms = [scores.get(term) for term in part.metric.split(" - ")]
     if missing := [term for term, score in zip(part.metric.split(" - "), terms, strict=True) if score is None]:
         if missing[0].split()[0] in stats.GROUPS:

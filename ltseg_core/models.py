@@ -116,6 +116,7 @@ class SegmentationNetwork(nn.Module):
         head = model.segmentation_head
         self.classifier: Any
         self.dropout: Any
+        self.neck: nn.Module
         self.stride: int
         self.is_dpt = not isinstance(head, nn.Sequential)
         if self.is_dpt:  # its head is conv, norm, ReLU, dropout, Conv2d; it halves the encoder's last map once more

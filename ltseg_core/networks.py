@@ -200,7 +200,7 @@ class OCRDecoder(nn.Module):
         )
         self.value = conv_norm_relu(channels, key_channels, 1)
         self.context = conv_norm_relu(key_channels, channels, 1)
-        self.fuse = conv_norm_relu(2 * channels, channels, 1)
+        self.fuse = nn.Sequential(conv_norm_relu(2 * channels, channels, 1))  # parameters have kept their names
         self.dropout = nn.Dropout2d(dropout)
 
     def with_regions(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -32,11 +34,27 @@ def take_cores(folder: Path, count: int) -> ExitStack:
                 time.sleep(0.1)
 
 
+def sharing(modules: list[str]) -> BaseContext:
+    """How to start processes: on Linux from a server that imports the modules once, elsewhere each by itself.
+
+    Windows has no such server, and on macOS a process should not be forked once libraries are loaded.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(modules)
+    return context
+
+
 @contextmanager
 def pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     """Processes of `threads` torch threads each; an exception, or the end of their parent, ends them at once."""
-    context = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,))
+    workers = ProcessPoolExecutor(
+        jobs,
+        mp_context=sharing(["ltseg_core.train", "segmentation_models_pytorch"]),
+        initializer=_start_worker,
+        initargs=(threads, dict(os.environ)),
+    )
     try:
         yield workers
     except BaseException:
@@ -47,8 +65,10 @@ def pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     workers.shutdown()
 
 
-def _start_worker(threads: int) -> None:
-    """Set the threads, and end with the parent, even one that was killed."""
+def _start_worker(threads: int, environment: dict[str, str]) -> None:
+    """Take threads and environment, which is the server's as yet; end with the parent, even one that was killed."""
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import graphlib
 import io
-import multiprocessing
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from ltseg_core import collection, config
+from ltseg_core import collection, config, parallel
 from ltseg_core.config import UserError
 
 SHARED = [
@@ -62,11 +61,9 @@ def redraw(
     order.prepare()
     failed: dict[str, str] = {}
     running: dict[Future[tuple[str | None, float]], str] = {}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SHARED)
     with (
         _environment(env),  # of the server and so of every process
-        ProcessPoolExecutor(config.cores(), mp_context=context, max_tasks_per_child=1) as pool,
+        ProcessPoolExecutor(config.cores(), mp_context=parallel.sharing(SHARED), max_tasks_per_child=1) as pool,
     ):
         while (ready := order.get_ready()) or running:
             for name in sorted(ready):

@@ -303,7 +303,7 @@ def _method(name: str, means: Mapping[str, pd.DataFrame], texts: Mapping[str, st
     command = f"``ltseg train --method {name}`` trains it."
     if method.first:
         command += (
-            f" It starts from the finished run of ``{method.first}``, or of the method that its hyper-parameter ``first``"
+            f" It starts from the finished run of ``{method.first}``, or of the method that a hyper-parameter ``first``"
             f" names, and adds {method.length:.0%} of its steps."
         )
     directive = "autoclass" if inspect.isclass(described) else "autofunction"

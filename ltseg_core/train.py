@@ -665,9 +665,11 @@ def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float) -> Tensor:
 
 
 def _named(e: Experiment) -> Experiment:
-    """The experiment with its method spelt as in METHODS."""
+    """The experiment with its method, and the one that it starts from, in the one way to write them."""
     name = choose("method", e.method, METHODS)
-    return e if name == e.method else replace(e, method=name)
+    first, options = start_and_options(name, e.hyper)
+    other = {"first": first} if first != METHODS[name].first else {}
+    return replace(e, method=name, hyper=options | other)
 
 
 def _first(e: Experiment) -> Experiment | None:

@@ -94,9 +94,15 @@ def test_with_few_labels_each_seed_has_its_own(make_run):
         own = ClassCounts(COUNTS.pixels + run.experiment.seed, COUNTS.images)
         stats.write_counts(run.path / "classes.csv", own, run.classes)
     runs = [Run(run.path, run.experiment) for run in runs]  # what was read is kept
-    assert {m: [r.experiment.seed for r in g] for m, g in analysis.by_method(runs).items()} == dict(
-        ce=[0, 1], pat=[0, 1]
-    )
+    assert [len(group) for group in analysis.by_method(runs).values()] == [2, 2]
+    other = ClassCounts(COUNTS.pixels.flip(0), COUNTS.images.flip(0))
+    for run in runs[1::2]:
+        stats.write_counts(run.path / "classes.csv", other, run.classes)
+    moved = [Run(run.path, run.experiment) for run in runs]
+    for table in (analysis.means, analysis.per_class):
+        with pytest.raises(UserError, match="each seed has its own counts, and here other groups: pass groups="):
+            table(moved, replicates=20)
+    assert not analysis.means(moved, groups=stats.groups(COUNTS), replicates=20).empty
     stats.write_counts(runs[3].path / "classes.csv", COUNTS, runs[3].classes)
     runs[3] = Run(runs[3].path, runs[3].experiment)
     with pytest.raises(UserError, match="pat and ce differ in their training labels"):

@@ -170,12 +170,18 @@ def test_kept_runs_need_no_weights_and_say_so(write_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")  # a run under another name than its key, or without a file, would be left out
-def test_the_kept_arms_are_whole_and_of_the_quick_profile():
-    runs, quick, seeds = results.kept("quick_arms"), profile("quick"), {}
+@pytest.mark.parametrize(
+    ("study", "differs"),
+    [
+        ("quick_arms", ("architecture", "encoder", "model_options")),
+        ("quick_few_labels", ("labelled_images", "ema_decay", "pseudo_threshold", "unlabelled_weight")),
+    ],
+)
+def test_the_kept_arms_are_whole_and_of_the_quick_profile(study, differs):
+    runs, quick, seeds = results.kept(study), profile("quick"), {}
     for run in runs:
         e = run.experiment
-        names = ("method", "hyper", "seed", "architecture", "encoder", "model_options")
-        own = {name: getattr(e, name) for name in names}
+        own = {name: getattr(e, name) for name in ("method", "hyper", "seed", *differs)}
         assert quick.experiment(**own) == e, f"{run.path} differs from the profile in more than its arm"
         seeds.setdefault(replace(e, seed=0), []).append(e.seed)
     assert {tuple(sorted(s)) for s in seeds.values()} == {quick.seeds}

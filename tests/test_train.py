@@ -279,6 +279,23 @@ def test_a_first_stage_of_other_data_is_refused(tiny, tmp_path, what, message):
         fit(replace(e, method="lws"))
 
 
+def test_one_first_run_has_one_name(tiny):
+    written = [{}, {"first": "ce"}, {"FIRST": "CE"}], [{"first": "pat"}, {"First": "PAT"}]
+    found = [{train._named(tiny(method="ncm", hyper=hyper)) for hyper in ways} for ways in written]
+    assert [[e.hyper for e in ways] for ways in found] == [[{}], [{"first": "pat"}]]
+
+
+def test_workers_have_the_environment_and_folder_of_their_pool(monkeypatch, tmp_path):
+    for name in ("first", "second"):  # the server of the second is that of the first
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setenv("LTSEG_PROBE", name)
+        monkeypatch.chdir(folder)
+        with parallel.pool(1, 1) as pool:
+            assert pool.submit(os.getenv, "LTSEG_PROBE").result() == name
+            assert pool.submit(os.getcwd).result() == str(folder)
+
+
 @pytest.mark.parametrize(
     ("method", "hyper", "message"),
     [

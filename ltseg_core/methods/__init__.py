@@ -44,13 +44,14 @@ def start_and_options(name: str, hyper: Mapping[str, Any]) -> tuple[str | None, 
     """The method whose finished run this one starts from (None: from scratch), and the other hyper-parameters.
 
     Every method with a `first` takes another one as hyper-parameter `first`: a method that trains the whole network and
-    leaves it as it was built, so that its features are what differs. Raises UserError for one that does not.
+    leaves it as it was built, with its default hyper-parameters. Raises UserError for one that does not.
     """
     options, usual = dict(hyper), METHODS[name].first
     if usual is None:
         return None, options
     plain = [other for other, method in METHODS.items() if method.first is None and method.build is not medoe.build]
-    return choose("first method", options.pop("first", usual), plain), options
+    named = next((key for key in options if key.lower() == "first"), "first")
+    return choose("first method", options.pop(named, usual), plain), options
 
 
 def build_method(name: str, network: SegmentationNetwork, counts: ClassCounts, hyper: Mapping[str, Any]) -> list[Stage]:

@@ -47,7 +47,7 @@ class Method:
 
     build:  (network, counts, *, keyword-only hyper-parameters) -> stages
     first:  the method whose finished run of the same experiment gives the weights to start from, unless a
-            hyper-parameter `first` names another; None: from scratch
+            hyper-parameter `first` names another (which has its default hyper-parameters); None: from scratch
     length: steps of the method's own stages, as a share of the experiment's
     """
 

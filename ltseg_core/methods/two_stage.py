@@ -1,8 +1,8 @@
 """Baselines that re-train or correct the classifier of a finished network, and re-sampling.
 
 Each builder changes the classifier of the network it is given, in place, and keeps everything before it; the
-network must hold the weights of a finished run of plain cross-entropy. z = classifier(x) are the logits (B, C, h, w)
-of the features x (B, D, h, w), pi_k the share of class k of the labelled training pixels.
+network must hold the weights of a finished run, usually of plain cross-entropy. z = classifier(x) are the logits
+(B, C, h, w) of the features x (B, D, h, w), pi_k the share of class k of the labelled training pixels.
 A stage with share 0 takes no optimiser step.
 """
 

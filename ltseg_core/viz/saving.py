@@ -35,7 +35,7 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
         "png": {"Software": None},
     }
     # Laid out once: with an engine each file would be drawn twice, and things move a little at every drawing.
-    with style(), mpl.rc_context({"figure.constrained_layout.use": False}):
+    with style(), mpl.rc_context(dict.fromkeys(("figure.constrained_layout.use", "figure.autolayout"), False)):
         if (engine := figure.get_layout_engine()) is not None:
             engine.execute(figure)
         figure.set_layout_engine(None)
