@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -203,7 +203,13 @@ def _check_labels(a: str, x: metrics.Marginals, b: str, y: metrics.Marginals) ->
 
 
 def _resampled(group: Sequence[Run], split: str, replicates: int) -> metrics.Resampled:
-    return metrics.resample(counts_of(group, split), replicates=replicates)
+    return _resampled_once(tuple((run, run.written()) for run in group), split, replicates)
+
+
+@lru_cache(maxsize=32)
+def _resampled_once(group: tuple[tuple[Run, int], ...], split: str, replicates: int) -> metrics.Resampled:
+    """Kept for the next table of the same runs."""
+    return metrics.resample(counts_of([run for run, _ in group], split), replicates=replicates)
 
 
 def _class_columns(runs: Sequence[Run], method: str, metric: str) -> pd.DataFrame:
@@ -233,10 +239,10 @@ def class_changes(runs: Iterable[Run], *, baseline: str = "ce", split: str = "te
     reference = _reference(table, baseline)
     frames = []
     for method, group in table.items():
+        plain = _class_columns(group, method, "").drop(columns="metric")
         for run, other in zip(group, reference, strict=True):
             old, new = (metrics.marginals(r.confusion(split).sum(0, dtype=np.int64)) for r in (other, run))
             _check_labels(method, new, baseline, old)
-            plain = _class_columns([run], method, "").drop(columns="metric")
             with np.errstate(divide="ignore", invalid="ignore"):
                 columns = {
                     **{name: score(new) for name, score in CHANGING.items()},

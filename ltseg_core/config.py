@@ -9,9 +9,13 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -46,6 +50,11 @@ def canonical(kind: str, values: Mapping[str, Any], valid: Iterable[str]) -> dic
     return named
 
 
+def option_names(function: Callable[..., Any]) -> list[str]:
+    """Its keyword-only parameters."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
 def check_options(
     kind: str, options: Mapping[str, Any], function: Callable[..., Any], hidden: tuple[str, ...] = ()
 ) -> dict[str, Any]:
@@ -53,11 +62,10 @@ def check_options(
 
     Refuses, with a UserError, names that are none (naming the nearest one) and values of another type.
     """
-    parameters = inspect.signature(function).parameters.values()
-    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
+    valid = [name for name in option_names(function) if name not in hidden]
     if options and not valid:
         raise UserError(f"there is no {kind}, got {', '.join(options)}")
-    hints = get_type_hints(inspect.getattr_static(function, "__init__") if isinstance(function, type) else function)
+    hints = _hints(inspect.getattr_static(function, "__init__") if isinstance(function, type) else function)
     return {name: _typed(name, value, hints[name]) for name, value in canonical(kind, options, valid).items()}
 
 
@@ -66,9 +74,25 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def sharing(modules: list[str]) -> BaseContext:
+    """How to start processes: on Linux from a server that imports the modules once, elsewhere each by itself.
+
+    Windows has no such server, and on macOS a process should not be forked once libraries are loaded.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(modules)
+    return context
+
+
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """The folder that holds the data sets: `root`, else $LTSEG_DATA, else ./data."""
     return Path(root or os.environ.get("LTSEG_DATA") or "data").expanduser()
+
+
+_LATER = {"target": None, "class_mix": False}
+"""Fields of later versions and what earlier ones did: so set, they leave a key as it was."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,6 +164,12 @@ class Experiment:
     """Decay of the exponential moving average of the weights; it is then what is evaluated and stored."""
     labelled_images: int | None = None
     """Use the labels of this many training images; the others form the unlabelled stream."""
+    target: Mapping[str, Any] | None = None
+    """Domain adaptation: options of the images without labels, where they differ from `data_options`, e.g. {"style":
+    "night", "seed": 1}; with a `dataset` among them, another data set and all its options. The unlabelled stream is
+    then all its training images, and the run is evaluated on its other splits."""
+    class_mix: bool = False
+    """Paste half of the classes of a labelled image onto each unlabelled one, labels with them (ClassMix)."""
     unlabelled_weight: float = 1.0
     """Weight of the loss on the EMA teacher's pseudo-labels."""
     pseudo_threshold: float = 0.0
@@ -153,7 +183,7 @@ class Experiment:
     """Steps between two checkpoints; not part of `key()`."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
             _plain(f.name, getattr(self, f.name))  # refuses infinity
@@ -170,10 +200,18 @@ class Experiment:
         for name in ("labelled_images", "eval_every", "eval_images", "clip_norm"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "> 0 or null")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1) or null")
-        if self.labelled_images is not None and self.ema_decay is None:
-            raise UserError("labelled_images needs ema_decay: the EMA teacher labels the unlabelled images")
+        if self.target is not None:
+            target = {"dataset" if k.lower() == "dataset" else k: v for k, v in self.target.items()}
+            object.__setattr__(self, "target", target)
+            if not isinstance(target.get("dataset", ""), str):
+                raise UserError(f"target.dataset must be the name or path of a data set, got {target['dataset']!r}")
+        unlabelled = [name for name in ("labelled_images", "target") if getattr(self, name) is not None]
+        if unlabelled and self.ema_decay is None:
+            raise UserError(f"{unlabelled[0]} needs ema_decay: the EMA teacher labels the unlabelled images")
+        if self.class_mix and not unlabelled:
+            raise UserError("class_mix needs unlabelled images to paste onto: set labelled_images or target")
         for name in ("name", "split", "root"):
-            if name in self.data_options:
+            if name in {**self.data_options, **(self.target or {})}:
                 raise UserError(f"{name!r} is no data option: data set, split and data root have their own arguments")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -182,8 +220,17 @@ class Experiment:
 
     def key(self) -> str:
         """Sixteen hexadecimal digits that are equal for equal experiments, on every machine."""
-        decisive = {name: value for name, value in self.to_dict().items() if name != "checkpoint_every"}
+        decisive = {k: v for k, v in self.to_dict().items() if k != "checkpoint_every" and (k, v) not in _LATER.items()}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def evaluated_on(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the data set whose held-out splits the run is evaluated on."""
+        if self.target is None:
+            return self.dataset, dict(self.data_options)
+        options = dict(self.target)
+        name = options.pop("dataset", None)
+        return (self.dataset, {**self.data_options, **options}) if name is None else (name, options)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Experiment) and self.key() == other.key()
@@ -318,6 +365,9 @@ PROFILES = {
 def profile(name: str) -> Profile:
     """A profile by name. Raises UserError with the nearest name for an unknown one."""
     return PROFILES[choose("profile", name, PROFILES)]
+
+
+_hints: Callable[[Any], dict[str, Any]] = lru_cache(get_type_hints)  # each call evaluates every annotation anew
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -123,7 +123,7 @@ def choices(table: Table, wanted: Pick, *, strict: bool = False) -> tuple[dict[s
     stems = _dataset(run.experiment, split).names
     if len(stems) != len(pixels):
         raise UserError(
-            f"{run.experiment.dataset} has {len(stems)} images in split {split!r}, {run.path} was evaluated on"
+            f"{run.experiment.evaluated_on[0]} has {len(stems)} images in split {split!r}, {run.path} was evaluated on"
             f" {len(pixels)}: the data changed since, delete the runs made from it and run again"
         )
     order = np.argsort(-pixels, kind="stable")

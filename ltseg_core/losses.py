@@ -328,9 +328,9 @@ class Seesaw(PixelLoss):
 
     M_yj = min(1, (n_j / n_y)^p) spares rarer classes, C_yj = max(1, (p_j / p_y)^q) restores the penalty where
     class j was wrongly preferred; C is a constant for the gradient. p = q = 0 is plain cross-entropy.
-    online: n_k are what was seen while training, this batch included (the paper); in each process its own.
-    Differs: otherwise n_k are the counts of the training set from the first step. The authors' code bounds p_y from
-    below by 0.01 in C; the paper and this do not.
+    online: n_k are what was seen while training, this batch included; in each process its own. Else the counts of the
+    training set, from the first step.
+    Differs: the authors' code bounds p_y from below by 0.01 in C; the paper and this do not.
     """
 
     log_sizes: Tensor  # (C,)
@@ -343,7 +343,7 @@ class Seesaw(PixelLoss):
         p: float = 0.8,
         q: float = 2.0,
         prior: Prior = "pixel",
-        online: bool = False,
+        online: bool = True,
     ) -> None:
         super().__init__(counts)
         _require("p", p, p >= 0, ">= 0")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -34,24 +32,12 @@ def take_cores(folder: Path, count: int) -> ExitStack:
                 time.sleep(0.1)
 
 
-def sharing(modules: list[str]) -> BaseContext:
-    """How to start processes: on Linux from a server that imports the modules once, elsewhere each by itself.
-
-    Windows has no such server, and on macOS a process should not be forked once libraries are loaded.
-    """
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(modules)
-    return context
-
-
 @contextmanager
 def pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     """Processes of `threads` torch threads each; an exception, or the end of their parent, ends them at once."""
     workers = ProcessPoolExecutor(
         jobs,
-        mp_context=sharing(["ltseg_core.train", "segmentation_models_pytorch"]),
+        mp_context=config.sharing(["ltseg_core.train", "segmentation_models_pytorch"]),
         initializer=_start_worker,
         initargs=(threads, dict(os.environ)),
     )

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import graphlib
 import io
+import json
 import os
 import sys
 import time
@@ -15,17 +16,21 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from ltseg_core import collection, config, parallel
+from ltseg_core import collection, config
 from ltseg_core.config import UserError
+from ltseg_core.notebook import ADDED_BY_PAPERMILL, Notebook
 
 SHARED = [
     "segmentation_models_pytorch",
     "timm",
     "matplotlib.pyplot",
+    "matplotlib.backends.backend_pdf",
+    "matplotlib.backends.backend_svg",
+    "fontTools.subset",
     "scipy.stats",
     "pyarrow.parquet",
     "IPython.core.interactiveshell",
-    "papermill.parameterize",
+    "ltseg_core.analysis",
     "ltseg_core.train",
     "ltseg_core.viz",
 ]
@@ -50,6 +55,7 @@ def redraw(
     """
     profile = config.choose("profile", profile, config.PROFILES)
     chosen = {n.name: n for n in collection.select(names, collection.notebooks(folder))}
+    code = {name: _code(n, profile) for name, n in chosen.items()}
     env = {
         **collection.places(runs, figures, data_root),
         **collection.headless(threads=1),
@@ -63,12 +69,11 @@ def redraw(
     running: dict[Future[tuple[str | None, float]], str] = {}
     with (
         _environment(env),  # of the server and so of every process
-        ProcessPoolExecutor(config.cores(), mp_context=parallel.sharing(SHARED), max_tasks_per_child=1) as pool,
+        ProcessPoolExecutor(config.cores(), mp_context=config.sharing(SHARED), max_tasks_per_child=1) as pool,
     ):
         while (ready := order.get_ready()) or running:
-            for name in sorted(ready):
-                parameters = {"profile": profile} if "profile" in (chosen[name].parameters or {}) else {}
-                running[pool.submit(_draw, str(chosen[name].path), parameters, env)] = name
+            for name in sorted(ready, key=lambda name: -sum(map(len, code[name]))):  # about the longest first
+                running[pool.submit(_draw, code[name], str(chosen[name].path.parent), env)] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
                 try:
@@ -97,22 +102,34 @@ def _environment(values: Mapping[str, str]) -> Any:
         os.environ.update(before)
 
 
-def _draw(path: str, parameters: Mapping[str, Any], env: Mapping[str, str]) -> tuple[str | None, float]:
+def _code(notebook: Notebook, profile: str) -> list[str]:
+    """The code cells, and the one that papermill adds below those of parameters, to the letter: `results.remembered`
+    knows a kernel by the cells that it ran.
+    """
+    code = []
+    for cell in json.loads(notebook.path.read_text(encoding="utf-8"))["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if ADDED_BY_PAPERMILL.intersection(tags):  # an executed copy
+            continue
+        if cell["cell_type"] == "code" and (source := "".join(cell["source"])).strip():
+            code.append(source)
+            if "parameters" in tags and "profile" in (notebook.parameters or {}):
+                code.append(f'# Parameters\nprofile = "{profile}"\n')
+    return code
+
+
+def _draw(code: Sequence[str], folder: str, env: Mapping[str, str]) -> tuple[str | None, float]:
     """Run the cells of one notebook in this process, which has no other use: what went wrong, and seconds."""
     from IPython.core.displaypub import CapturingDisplayPublisher
     from IPython.core.interactiveshell import InteractiveShell
-    from papermill.iorw import load_notebook_node
-    from papermill.parameterize import parameterize_notebook
     from traitlets.config import Config
 
     begin = time.monotonic()
     gc.freeze()  # what the server imported is no garbage: no collection looks at it
     os.environ.update(env)  # the server may have been started with another one
-    os.chdir(Path(path).parent)
-    nb = parameterize_notebook(load_notebook_node(path), parameters, language="python", kernel_name="python3")
+    os.chdir(folder)
     settings = Config(InteractiveShell={"colors": "nocolor"}, HistoryManager={"enabled": False})
     shell = InteractiveShell.instance(config=settings, display_pub_class=CapturingDisplayPublisher)
-    code = [cell.source for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
     for count, source in enumerate(code, start=1):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             result = shell.run_cell(source, store_history=True)

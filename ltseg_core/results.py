@@ -79,6 +79,11 @@ class Run:
         """Class counts of the labelled training images."""
         return self._classes[0]
 
+    def written(self) -> int:
+        """When the confusion counts were written, in nanoseconds; 0 without them."""
+        path = self.path / "confusion.npz"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
     def confusion(self, split: str) -> np.ndarray:
         """Confusion counts per image, (N, C, C) int32, rows: label, columns: prediction.
 
@@ -253,7 +258,7 @@ def remembered(name: str, compute: Callable[[], Remembered], runs: Iterable[Run]
         return compute()
     folder = runs_folder()
     past = [name, shell.user_ns["In"], package_hash(), str(data_root().resolve()), str(folder.resolve())]
-    past += [[str(run.path.resolve()), (run.path / "confusion.npz").stat().st_mtime_ns] for run in runs]
+    past += [[str(run.path.resolve()), run.written()] for run in runs]
     stem = folder / "remembered" / hashlib.sha256(json.dumps(past).encode()).hexdigest()[:32]
     with (  # absent or damaged: computed again
         suppress(OSError, ValueError, BadZipFile),

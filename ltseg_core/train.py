@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from ltseg_core.data.batches import (
     BatchOrder,
     Draw,
     augment,
+    class_mix,
     collate,
     draw,
     generator,
@@ -326,16 +328,20 @@ class Training:
         whole = data.load(e.dataset, "train", self.data_root, **e.data_options)
         labelled, self.unlabelled = _shares(e, len(whole))
         self.labelled = {"train": _labelled(whole, e, labelled if self.unlabelled else None)}
+        self.others = self.labelled["train"].images
+        if e.target is not None:
+            self.others = _at_size(_elsewhere(e, whole.classes, self.data_root), e)
+            self.unlabelled = list(range(len(self.others)))
         counts = stats.count_classes(self.labelled["train"].own_size)
         if not counts.pixels.any():
             raise UserError(f"the training labels of {e.dataset} are all ignored: there is nothing to learn from")
         self.test_sets = {
             split: _test_set(e, split, self.data_root)
-            for split in data.splits(e.dataset, self.data_root)
+            for split in data.splits(e.evaluated_on[0], self.data_root)
             if split != "train"
         }
         if not self.test_sets:
-            raise UserError(f"{e.dataset} has neither a val nor a test split: there is nothing to evaluate on")
+            raise UserError(f"{e.evaluated_on[0]} has neither a val nor a test split: there is nothing to evaluate on")
         self.log(f"{len(labelled)} labelled, {len(self.unlabelled)} unlabelled images; {self.world} process(es)")
 
         torch.manual_seed(e.seed)
@@ -394,7 +400,7 @@ class Training:
         others = None
         if self.unlabelled:
             order = BatchOrder(self.unlabelled, e.batch_size, e.seed + 1, **span)
-            others = iter(loader(self.labelled["train"].images, order, workers=self.workers))
+            others = iter(loader(self.others, order, workers=self.workers))
         self.bar.update(state.step - self.bar.n)
         losses = [m for m in learner.criterion.modules() if isinstance(m, PixelLoss)]
         for step in range(state.step, stop):
@@ -404,12 +410,16 @@ class Training:
             for group in state.optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(e, step - start, stop - start)
             image, target = augment(self._to_device(next(batches)), self._draw(step, 2, e.colour), e.crop)
-            pseudo = self._pseudo(state.teacher, next(others), step) if others and state.teacher is not None else None
-            if pseudo is not None:
+            pseudo = None
+            if others is not None and state.teacher is not None:
+                plain, labels, colour = self._pseudo(state.teacher, next(others), step)
                 for loss_module in losses:
-                    loss_module.observe(pseudo[1])
+                    loss_module.observe(labels)
                     if (step + 1) * e.batch_size // len(self.unlabelled) > step * e.batch_size // len(self.unlabelled):
                         loss_module.end_epoch()
+                if e.class_mix:
+                    plain, labels = class_mix(image, target, plain, labels, self._scores(step))
+                pseudo = recolour(plain, colour), labels, e.unlabelled_weight
             state.loss[step] = optimise(ddp, state.optimizer, e, image, target, pseudo)
             state.step = step + 1
             if state.teacher is not None and e.ema_decay is not None:
@@ -463,19 +473,28 @@ class Training:
             flip=e.flip,
             colour=colour,
         )
-        share = e.batch_size // self.world
-        return Draw(*(t[self.rank * share : (self.rank + 1) * share] for t in whole))
+        return Draw(*map(self._own, whole))
+
+    def _scores(self, step: int) -> Tensor:
+        """A random number for each labelled image of a batch and each class."""
+        scores = torch.rand(self.e.batch_size, len(self.others.classes), generator=generator(self.e.seed, 6, step))
+        return self._own(scores).to(self.device, non_blocking=True)
+
+    def _own(self, batch: Tensor) -> Tensor:
+        """This process's share of what belongs to a batch."""
+        share = self.e.batch_size // self.world
+        return batch[self.rank * share : (self.rank + 1) * share]
 
     @torch.no_grad()
-    def _pseudo(self, teacher: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor, float]:
-        """The teacher labels the images as they are; the student gets them recoloured."""
+    def _pseudo(self, teacher: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Unlabelled images as they are, the teacher's labels for them, and the student's factors for `recolour`."""
         e, chosen = self.e, self._draw(step, 3, self.e.colour)
         plain = chosen._replace(colour=torch.ones_like(chosen.colour))
         image, target = augment(self._to_device(batch._replace(label=torch.zeros_like(batch.label))), plain, e.crop)
         with evaluate.autocast(self.device, e.precision):
             logits = teacher(image).logits
         target = pseudo_labels(logits.float(), target, e.pseudo_threshold)
-        return recolour(image, chosen.colour.to(self.device)), target, e.unlabelled_weight
+        return image, target, chosen.colour.to(self.device)
 
     def _confusion(self, network: nn.Module, dataset: SegmentationDataset) -> np.ndarray:
         self._share_buffers(network)
@@ -539,7 +558,9 @@ def _check_tracker(tracker: str | None) -> str | None:
 def evaluation_set(
     experiment: Experiment, split: str, data_root: str | os.PathLike[str] | None = None
 ) -> SegmentationDataset:
-    """A split as a run is evaluated on it: images at the network's size, labels at their own."""
+    """A split as a run is evaluated on it, of the target if it has one: images at the network's size, labels at their
+    own.
+    """
     e, dataset = experiment, _held_out(experiment, split, data_root)
     if e.eval_images is not None and e.eval_images < len(dataset):
         dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, e.eval_images).round().astype(int).tolist())
@@ -557,13 +578,28 @@ def _test_set(e: Experiment, split: str, data_root: str | os.PathLike[str] | Non
 
 def _held_out(e: Experiment, split: str, data_root: str | os.PathLike[str] | None) -> SegmentationDataset:
     training_only = ("images", "border_noise")  # fewer images and noisy labels are for training
-    options = {k: v for k, v in e.data_options.items() if k not in training_only}
-    return data.load(e.dataset, split, data_root, **options)
+    name, options = e.evaluated_on
+    return data.load(name, split, data_root, **{k: v for k, v in options.items() if k not in training_only})
+
+
+def _elsewhere(e: Experiment, classes: Sequence[str], data_root: str | os.PathLike[str] | None) -> SegmentationDataset:
+    """The training images of the target. Raises UserError if its classes are others."""
+    name, options = e.evaluated_on
+    found = data.load(name, "train", data_root, **options)
+    pairs = enumerate(zip_longest(classes, found.classes, fillvalue="missing"))
+    if apart := next((f"class {i} is {a} and {b}" for i, (a, b) in pairs if a != b), None):
+        raise UserError(f"{e.dataset} and its target {name} must have the same classes: {apart}")
+    return found
+
+
+def _at_size(split: SegmentationDataset, e: Experiment) -> SegmentationDataset:
+    """Images and labels at the size of the network, held in memory if they are small."""
+    return in_memory_if_small(Resized(split, e.size, resize_labels=True) if e.size else split)
 
 
 def _labelled(split: SegmentationDataset, e: Experiment, indices: list[int] | None = None) -> Labelled:
     """indices: of the images that have labels; None: all"""
-    images = in_memory_if_small(Resized(split, e.size, resize_labels=True) if e.size else split)
+    images = _at_size(split, e)
     own_size = split if e.size else images
     if indices is None:
         return Labelled(images, list(range(len(split))), own_size)
@@ -669,7 +705,8 @@ def _named(e: Experiment) -> Experiment:
     name = choose("method", e.method, METHODS)
     first, options = start_and_options(name, e.hyper)
     other = {"first": first} if first != METHODS[name].first else {}
-    return replace(e, method=name, hyper=options | other)
+    named = options | other
+    return e if (name, named) == (e.method, e.hyper) else replace(e, method=name, hyper=named)
 
 
 def _first(e: Experiment) -> Experiment | None:
@@ -697,7 +734,7 @@ def _refuse_where_forbidden(e: Experiment, runs: str | os.PathLike[str] | None) 
 
 def _settings(experiments: Iterable[Experiment]) -> list[Experiment]:
     """One experiment for all that share what `_refuse_bad_options` looks at."""
-    decisive = ("architecture", "encoder", "model_options", "method", "hyper")
+    decisive = ("architecture", "encoder", "model_options", "method", "hyper", "target", "ema_decay")
     return [*dict.fromkeys(Experiment(**{name: getattr(e, name) for name in decisive}) for e in experiments)]
 
 
@@ -712,7 +749,9 @@ def _refuse_bad_options(e: Experiment) -> None:
         options |= {"shares": (), "cuts": None}
     with torch.random.fork_rng(devices=()):
         network = build_model(e.architecture, e.encoder, len(sizes), **e.model_options)
-        build_method(e.method, network, stats.ClassCounts(sizes, sizes), options)
+        stages = build_method(e.method, network, stats.ClassCounts(sizes, sizes), options)
+    if e.target is not None and (held_out := {stage.split for stage in stages} - {"train"}):
+        raise UserError(f"{e.method} learns from labels of the split {held_out.pop()!r}, and a target has none to give")
 
 
 def _check_same_data(first: Run, classes: Sequence[str], counts: stats.ClassCounts) -> None:

@@ -1,6 +1,7 @@
 """Tables from finished runs: what they contain, and what may not be compared."""
 
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -99,14 +100,22 @@ def test_with_few_labels_each_seed_has_its_own(make_run):
     for run in runs[1::2]:
         stats.write_counts(run.path / "classes.csv", other, run.classes)
     moved = [Run(run.path, run.experiment) for run in runs]
-    for table in (analysis.means, analysis.per_class):
+    for table in (analysis.means, analysis.per_class, analysis.class_changes):
         with pytest.raises(UserError, match="each seed has its own counts, and here other groups: pass groups="):
-            table(moved, replicates=20)
+            table(moved)
     assert not analysis.means(moved, groups=stats.groups(COUNTS), replicates=20).empty
     stats.write_counts(runs[3].path / "classes.csv", COUNTS, runs[3].classes)
     runs[3] = Run(runs[3].path, runs[3].experiment)
     with pytest.raises(UserError, match="pat and ce differ in their training labels"):
         analysis.by_method(runs)
+
+
+def test_a_run_that_was_trained_again_is_read_again(make_run):
+    run = make_run(confusions(0))
+    before = analysis.means([run], replicates=20)
+    np.savez_compressed(run.path / "confusion.npz", test=confusions(1))
+    os.utime(run.path / "confusion.npz", ns=(0, 1))  # a clock may tick slowly
+    assert analysis.means([run], replicates=20)["value"][0] != before["value"][0]
 
 
 def test_class_scores_are_those_of_all_classes_and_fp_per_tp_beside_them(runs):

@@ -20,11 +20,12 @@ CHANGED = {
     "schedule": "constant", "poly_power": 2, "warmup_steps": 3, "clip_norm": 1, "precision": "bf16", "seed": 1,
     "scale_range": (1, 1), "crop": (32, 32), "flip": 0, "colour": 0, "ema_decay": 0.9, "labelled_images": 4,
     "unlabelled_weight": 2, "pseudo_threshold": 0.5, "eval_every": 10, "eval_images": 10, "checkpoint_every": 7,
+    "target": {"style": "night"}, "class_mix": True,
 }  # fmt: skip
 
 
 def test_key_depends_on_every_field_that_decides_the_outcome():
-    base = Experiment(ema_decay=0.5)
+    base = Experiment(ema_decay=0.5, labelled_images=3)
     others = [dataclasses.replace(base, **{f.name: CHANGED[f.name]}) for f in dataclasses.fields(Experiment)]
     same = [e for e in others if e.key() == base.key()]
     assert [e.checkpoint_every for e in same] == [7]
@@ -113,13 +114,26 @@ def test_is_frozen():
         ({"hyper": 3}, "hyper must be a mapping"),
         ({"flip": 1.5}, r"flip must be in \[0, 1\]"),
         ({"ema_decay": 1.0}, "ema_decay must be"),
-        ({"labelled_images": 5}, "needs ema_decay"),
+        ({"labelled_images": 5}, "labelled_images needs ema_decay"),
+        ({"target": {"style": "night"}}, "target needs ema_decay"),
+        ({"target": {"Dataset": 3}, "ema_decay": 0.9}, "target.dataset must be the name or path of a data set, got 3"),
+        ({"target": {"root": "/data"}, "ema_decay": 0.9}, "'root' is no data option"),
+        ({"class_mix": True, "ema_decay": 0.9}, "class_mix needs unlabelled images to paste onto"),
         ({"seed": -1}, "seed must be"),
     ],
 )
 def test_refusals(values, message):
     with pytest.raises(UserError, match=message):
         Experiment.from_dict(values)
+
+
+def test_a_target_is_named_by_what_is_other():
+    e = Experiment(data_options={"images": 8, "seed": 2}, ema_decay=0.9)
+    assert e.evaluated_on == ("scenes", {"images": 8, "seed": 2})
+    night = dataclasses.replace(e, target={"style": "night", "seed": 1})
+    assert night.evaluated_on == ("scenes", {"images": 8, "seed": 1, "style": "night"})
+    elsewhere = dataclasses.replace(e, target={"Dataset": "camvid", "images": 3})
+    assert elsewhere.evaluated_on == ("camvid", {"images": 3})
 
 
 def test_file_refusals_name_the_file(tmp_path):

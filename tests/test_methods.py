@@ -30,7 +30,7 @@ CASES = [(name, {}) for name in METHODS] + [
     ("disalign", {"confidence": "conv_bn_relu", "frozen": "code"}),
     ("crt", {"balance": "weights"}),
     ("ldam", {"drw": 0.0}),
-    ("seesaw", {"online": True}),
+    ("seesaw", {"online": False}),
     ("blv", {"pseudo": True, "temporal": True}),
 ]
 NOTHING_TO_TRAIN = {"tau_norm", "posthoc_logit_adjustment", "ncm"}

@@ -17,6 +17,7 @@ from ltseg_core.redraw import redraw
 
 def write(folder, name, *cells, needs=()):
     nb = new_notebook(cells=[new_code_cell('profile = "quick"', metadata={"tags": ["parameters"]})])
+    nb.cells += [new_code_cell('# Parameters\nprofile = "ccp"', metadata={"tags": ["injected-parameters"]})]  # executed
     nb.cells += [new_code_cell(cell) for cell in cells]
     nb.metadata["ltseg"] = {"needs": list(needs)}
     folder.mkdir(exist_ok=True)
@@ -29,7 +30,7 @@ def test_redrawn_figures_are_those_of_the_kernels(tmp_path):
     write(
         folder,
         "01_draws",
-        "import numpy as np, pandas as pd\nfrom ltseg_core import results, viz",
+        "import numpy as np, pandas as pd\nfrom ltseg_core import results, viz\nassert profile == 'smoke'",
         f"def slow():\n    open({str(tmp_path / 'called')!r}, 'a').write('x')\n    return {{'y': np.arange(4.0)}}",
         "y = results.remembered('y', slow)['y']\nfigure, axes = viz.subplots()\naxes[0, 0].plot(y)",
         "viz.save_figure(figure, '01_line')\nviz.save_table(pd.DataFrame({'y': y}), '01_claims')\nfigure",

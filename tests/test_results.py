@@ -169,12 +169,16 @@ def test_kept_runs_need_no_weights_and_say_so(write_run, tmp_path, monkeypatch):
         assert len(results.kept("some")) == 2
 
 
+TAUGHT = ("ema_decay", "pseudo_threshold", "unlabelled_weight")
+
+
 @pytest.mark.filterwarnings("error")  # a run under another name than its key, or without a file, would be left out
 @pytest.mark.parametrize(
     ("study", "differs"),
     [
         ("quick_arms", ("architecture", "encoder", "model_options")),
-        ("quick_few_labels", ("labelled_images", "ema_decay", "pseudo_threshold", "unlabelled_weight")),
+        ("quick_few_labels", ("labelled_images", *TAUGHT)),
+        ("quick_domains", ("data_options", "target", "class_mix", *TAUGHT)),
     ],
 )
 def test_the_kept_arms_are_whole_and_of_the_quick_profile(study, differs):
@@ -185,10 +189,11 @@ def test_the_kept_arms_are_whole_and_of_the_quick_profile(study, differs):
         assert quick.experiment(**own) == e, f"{run.path} differs from the profile in more than its arm"
         seeds.setdefault(replace(e, seed=0), []).append(e.seed)
     assert {tuple(sorted(s)) for s in seeds.values()} == {quick.seeds}
-    labels = {split: runs[0].confusion(split).sum(2) for split in ("val", "test")}
+    labels = {}
     for run in runs[:: len(runs) // 10]:
-        counted = {split: run.confusion(split) for split in labels}
-        assert all(np.array_equal(counted[split].sum(2), labels[split]) for split in labels), "other labels"
+        counted = {split: run.confusion(split) for split in ("val", "test")}
+        of = labels.setdefault(str(run.experiment.evaluated_on), {k: v.sum(2) for k, v in counted.items()})
+        assert all(np.array_equal(counted[split].sum(2), of[split]) for split in of), "other labels"
         pd.testing.assert_frame_equal(run.metrics, results.tidy_metrics(counted, run.classes, run.counts()))
 
 

@@ -147,8 +147,13 @@ def _start(experiment, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ema_decay": 0.9}, {"ema_decay": 0.9, "labelled_images": 3, "pseudo_threshold": 0.0, "method": "blv"}],
-    ids=["plain", "teacher", "pseudo-labels"],
+    [
+        {},
+        {"ema_decay": 0.9},
+        {"ema_decay": 0.9, "labelled_images": 3, "pseudo_threshold": 0.0, "method": "blv"},
+        {"ema_decay": 0.9, "target": {}, "class_mix": True},
+    ],
+    ids=["plain", "teacher", "pseudo-labels", "class-mix"],
 )
 def test_killed_at_random_moments_gives_the_undisturbed_weights(tiny, tmp_path, changes):
     hyper = {"pseudo": True} if "method" in changes else {}
@@ -306,6 +311,8 @@ def test_workers_have_the_environment_and_folder_of_their_pool(monkeypatch, tmp_
         ("lws", {"first": "repeat_factr"}, "unknown first method .* did you mean 'repeat_factor'"),
         ("ncm", {"first": "medoe"}, "unknown first method 'medoe'"),
         ("balanced_bound", {"first": "crt"}, "unknown first method 'crt'"),
+        ("ncm", {"frist": "pat"}, "unknown hyper-parameter of ncm 'frist': did you mean 'first'"),
+        ("ncm", {"first": "pat", "FIRST": "ce"}, "hyper-parameter of ncm 'first' is given twice"),
         ("repeat_factor", {"first": "ce"}, "unknown hyper-parameter of repeat_factor 'first'"),
     ],
 )
@@ -577,7 +584,8 @@ def test_trainings_of_any_number_of_threads_share_the_cores(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(tiny, tmp_path):
     """Frozen batch norm, no ignored pixels: the mean of the two half batches is the mean of the batch."""
-    e = tiny(batch_size=4, freeze_batch_norm=True, scale_range=(1, 1), steps=6)
+    taught = {"ema_decay": 0.5, "target": {}, "class_mix": True}
+    e = tiny(batch_size=4, freeze_batch_norm=True, scale_range=(1, 1), steps=6, **taught)
     one = fit(e, runs=tmp_path / "one")
     path = tmp_path / "e.json"
     path.write_text(e.to_json())
@@ -693,6 +701,63 @@ def test_labels_of_the_unlabelled_images_are_never_looked_at(tiny, tmp_path):
         Image.fromarray(np.full((32, 48), 3, np.uint8)).save(root / f"train/labels/{i:03}.png")
     one, two = fit(e), fit(replace(e, dataset=str(root)))
     assert same(weights(one), weights(two))
+
+
+def _target(e, folder, *, label=None):
+    """Another data set of the same classes: images of `e` as negatives, training labels all `label`."""
+    shutil.copytree(e.dataset, folder)
+    for path in folder.glob("*/images/*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    for path in folder.glob("train/labels/*.png") if label is not None else ():
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), label)).save(path)
+    return {"dataset": str(folder)}
+
+
+def test_domain_adaptation_learns_from_the_source_and_is_evaluated_on_the_target(tiny, tmp_path):
+    e = tiny(ema_decay=0.5, freeze_batch_norm=True)
+    supervised, target = fit(e), _target(e, tmp_path / "target")
+    alone = fit(replace(e, target=target, unlabelled_weight=0.0))
+    assert same(weights(supervised), weights(alone))
+    assert torch.equal(supervised.counts().pixels, alone.counts().pixels)
+    elsewhere = data.load(target["dataset"], "test")
+    assert np.array_equal(evaluate.confusion(alone.network(), elsewhere).numpy(), alone.confusion("test"))
+    assert not np.array_equal(alone.confusion("test"), supervised.confusion("test"))
+    assert len(train.evaluation_set(alone.experiment, "test")) == len(elsewhere)
+    adapted = [fit(replace(e, target=_target(e, tmp_path / str(label), label=label))) for label in (1, 3)]
+    assert same(*map(weights, adapted)), "labels of the target's training images were looked at"
+    assert not same(weights(adapted[0]), weights(alone))
+    few = fit(replace(e, target=target, labelled_images=3))
+    assert few.counts().pixels.equal(fit(replace(e, labelled_images=3)).counts().pixels)
+    assert "3 labelled, 6 unlabelled images" in (few.path / "log.txt").read_text(), "all of the target"
+
+
+def test_pasting_all_of_an_image_is_the_loss_of_the_labelled_images_once_more(tiny, tmp_path):
+    """Where each has one class, half of its classes, rounded up, is the whole image."""
+    e = tiny(ema_decay=0.5, scale_range=(1, 1), colour=0, steps=1)
+    source = tmp_path / "uniform"
+    shutil.copytree(e.dataset, source)
+    for path in source.glob("train/labels/*.png"):
+        Image.fromarray(np.full((32, 48), int(path.stem) % 4, np.uint8)).save(path)
+    e = replace(e, dataset=str(source), target={"dataset": e.dataset}, unlabelled_weight=0.5)
+    alone, mixed = fit(replace(e, unlabelled_weight=0)), fit(replace(e, class_mix=True))
+    assert mixed.history["value"][0] == pytest.approx(1.5 * alone.history["value"][0], rel=1e-6)
+    assert fit(e).history["value"][0] != pytest.approx(mixed.history["value"][0], rel=1e-3)
+
+
+def test_labels_of_a_target_are_not_for_training(tiny):
+    e = tiny(ema_decay=0.5, target={}, method="balanced_bound", hyper={"split": "val"})
+    with pytest.raises(UserError, match="balanced_bound learns from labels of the split 'val', and a target has none"):
+        fit(e)
+    assert results.finished() == [], "nothing was trained before"
+
+
+def test_a_target_of_other_classes_is_refused(tiny, tmp_path):
+    e = tiny(ema_decay=0.5)
+    target = _target(e, tmp_path / "target")
+    table = tmp_path / "target/classes.csv"
+    table.write_text(table.read_text().replace("thing 3", "drei"))
+    with pytest.raises(UserError, match="must have the same classes: class 3 is thing 3 and drei"):
+        fit(replace(e, target=target))
 
 
 def test_frozen_batch_norm_does_not_move(tiny):

@@ -136,6 +136,14 @@ def test_save_figure_writes_three_formats_with_equal_bytes_each_time(tmp_path: P
     assert Image.open(first / "a.png").width == viz.WIDTH * viz.DPI
 
 
+def test_save_figure_draws_once_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure, _ = viz.subplots()
+    draws, draw = [], type(figure).draw
+    monkeypatch.setattr(type(figure), "draw", lambda *args: (draws.append(args), draw(*args)))
+    viz.save_figure(figure, "x", tmp_path)
+    assert len(draws) == 3
+
+
 def test_save_figure_goes_to_the_folder_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure, _ = viz.subplots()
     monkeypatch.setenv("LTSEG_FIGURES", str(tmp_path / "chosen"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ltseg_core.config import UserError, choose
+from ltseg_core.config import UserError, canonical, choose, option_names
 from ltseg_core.losses import LOSSES, build_loss
 from ltseg_core.methods import disalign, medoe, region_rebalance, two_stage
 from ltseg_core.methods.base import Method, PixelCriterion, Stage
@@ -44,14 +44,15 @@ def start_and_options(name: str, hyper: Mapping[str, Any]) -> tuple[str | None, 
     """The method whose finished run this one starts from (None: from scratch), and the other hyper-parameters.
 
     Every method with a `first` takes another one as hyper-parameter `first`: a method that trains the whole network and
-    leaves it as it was built, with its default hyper-parameters. Raises UserError for one that does not.
+    leaves it as it was built, with its default hyper-parameters. Raises UserError for one that does not, and for
+    unknown names beside it.
     """
-    options, usual = dict(hyper), METHODS[name].first
+    build, usual = METHODS[name].build, METHODS[name].first
     if usual is None:
-        return None, options
+        return None, dict(hyper)
+    options = canonical(f"hyper-parameter of {name}", hyper, ["first", *option_names(build)])
     plain = [other for other, method in METHODS.items() if method.first is None and method.build is not medoe.build]
-    named = next((key for key in options if key.lower() == "first"), "first")
-    return choose("first method", options.pop(named, usual), plain), options
+    return choose("first method", options.pop("first", usual), plain), options
 
 
 def build_method(name: str, network: SegmentationNetwork, counts: ClassCounts, hyper: Mapping[str, Any]) -> list[Stage]:

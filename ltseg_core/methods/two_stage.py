@@ -55,7 +55,7 @@ def balanced_bound(
         then differs from `crt` with balance="weights" only in its start, the finished classifier, and reaches the same
         optimum, so it says how far cRT was from converging, not more. "val", labelled images that the first stage has
         not seen, with their own counts: scores on the split `val` are then those of training images.
-    Raises UserError for another split; training does for a data set that lacks it.
+    Raises UserError for another split; training does for a data set that lacks it, and for "val" with a `target`.
     """
     criterion = balanced_criterion(counts, "weights")
 

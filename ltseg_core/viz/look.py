@@ -42,7 +42,8 @@ RC: dict[Any, Any] = {
     "errorbar.capsize": 0,
     "hatch.linewidth": 0.6,
     "svg.hashsalt": "ltseg",  # ids that do not change from call to call
-    "pdf.fonttype": 42,
+    "pdf.fonttype": 42,  # TrueType, as publishers ask
+    "ps.fonttype": 42,  # by which matplotlib also decides whether a PDF has one font or several
 }
 
 GROUP_COLOURS = {"head": "#2b3f77", "body": "#3a9d8f", "tail": "#f2a93b"}
