@@ -222,6 +222,7 @@ def test_what_was_drawn_once_is_kept_as_long_as_the_data_set():
     assert torch.equal(held[3][0], first[3][0])
     short = Subset(first, [0, 1])
     batches.in_memory_if_small(short)
+    gc.collect()  # what other tests left
     before = len(batches._IN_MEMORY)
     del short
     gc.collect()
