@@ -91,7 +91,7 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     return Path(root or os.environ.get("LTSEG_DATA") or "data").expanduser()
 
 
-_LATER = {"target": None, "class_mix": False}
+_LATER = {"target": None, "class_mix": False, "pseudo_selection": "all", "pseudo_share": 0.5}
 """Fields of later versions and what earlier ones did: so set, they leave a key as it was."""
 
 
@@ -174,6 +174,11 @@ class Experiment:
     """Weight of the loss on the EMA teacher's pseudo-labels."""
     pseudo_threshold: float = 0.0
     """Pseudo-labels below this confidence are ignored."""
+    pseudo_selection: Literal["all", "cbst", "dars"] = "all"
+    """Which of the others are used: all, or the most confident of each class, "cbst" a share of it, "dars" so many that
+    the classes have the shares of the labels (`train.most_confident`)."""
+    pseudo_share: float = 0.5
+    """Share that "cbst" and "dars" use at the end of a stage; it grows linearly from 0.4 of that."""
 
     eval_every: int | None = None
     """Steps between two evaluations on the validation split; None evaluates at the end only."""
@@ -193,6 +198,7 @@ class Experiment:
             self._require(name, getattr(self, name) >= 0, ">= 0")
         for name in ("flip", "pseudo_threshold", "momentum"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._require("pseudo_share", 0 < self.pseudo_share <= 1, "in (0, 1]")
         self._require("seed", 0 <= self.seed < 2**31, "in [0, 2^31)")
         self._require("scale_range", 0 < self.scale_range[0] <= self.scale_range[1], "(low, high), 0 < low <= high")
         for name in ("size", "crop"):

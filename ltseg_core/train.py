@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -333,6 +334,7 @@ class Training:
             self.others = _at_size(_elsewhere(e, whole.classes, self.data_root), e)
             self.unlabelled = list(range(len(self.others)))
         counts = stats.count_classes(self.labelled["train"].own_size)
+        self.prior = counts.pixel_share().to(self.device, torch.float32)
         if not counts.pixels.any():
             raise UserError(f"the training labels of {e.dataset} are all ignored: there is nothing to learn from")
         self.test_sets = {
@@ -412,7 +414,7 @@ class Training:
             image, target = augment(self._to_device(next(batches)), self._draw(step, 2, e.colour), e.crop)
             pseudo = None
             if others is not None and state.teacher is not None:
-                plain, labels, colour = self._pseudo(state.teacher, next(others), step)
+                plain, labels, colour = self._pseudo(state.teacher, next(others), step, (step - start) / (stop - start))
                 for loss_module in losses:
                     loss_module.observe(labels)
                     if (step + 1) * e.batch_size // len(self.unlabelled) > step * e.batch_size // len(self.unlabelled):
@@ -486,14 +488,19 @@ class Training:
         return batch[self.rank * share : (self.rank + 1) * share]
 
     @torch.no_grad()
-    def _pseudo(self, teacher: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _pseudo(self, teacher: nn.Module, batch: Batch, step: int, progress: float) -> tuple[Tensor, Tensor, Tensor]:
         """Unlabelled images as they are, the teacher's labels for them, and the student's factors for `recolour`."""
         e, chosen = self.e, self._draw(step, 3, self.e.colour)
         plain = chosen._replace(colour=torch.ones_like(chosen.colour))
         image, target = augment(self._to_device(batch._replace(label=torch.zeros_like(batch.label))), plain, e.crop)
         with evaluate.autocast(self.device, e.precision):
             logits = teacher(image).logits
-        target = pseudo_labels(logits.float(), target, e.pseudo_threshold)
+        confidence, target = pseudo_labels(logits.float(), target, e.pseudo_threshold)
+        if e.pseudo_selection != "all":
+            order = torch.randperm(target.numel(), generator=generator(e.seed, 7, step, self.rank)).to(self.device)
+            share = e.pseudo_share * (0.4 + 0.6 * progress)
+            prior = self.prior if e.pseudo_selection == "dars" else None
+            target = most_confident(confidence, target, logits.shape[1], share, prior, order)
         return image, target, chosen.colour.to(self.device)
 
     def _confusion(self, network: nn.Module, dataset: SegmentationDataset) -> np.ndarray:
@@ -691,13 +698,35 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None
             t.copy_(s)
 
 
-def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float) -> Tensor:
-    """Most probable class where its softmax probability is at least `threshold`, else 255.
+def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Largest softmax probability, and its class where that is at least `threshold`, else 255.
 
-    logits: (B, C, H, W);  inside: (B, H, W), ignore_index where there is no image;  returns (B, H, W) int64
+    logits: (B, C, H, W);  inside: (B, H, W), ignore_index where there is no image;  returns (B, H, W) float and int64
     """
     confidence, label = logits.softmax(1).max(1)
-    return torch.where((confidence >= threshold) & (inside != IGNORE_INDEX), label, IGNORE_INDEX)
+    return confidence, torch.where((confidence >= threshold) & (inside != IGNORE_INDEX), label, IGNORE_INDEX)
+
+
+def most_confident(
+    confidence: Tensor, label: Tensor, classes: int, share: float, prior: Tensor | None, order: Tensor
+) -> Tensor:
+    """Of each class the most confident pseudo-labels of a batch, rounded up; the others become 255.
+
+    prior None: `share` of those of each class, so that easy classes do not crowd out the others (CBST, Zou et al., ECCV
+    2018). Else (C,): share * prior_k of all of the batch, as far as the class has so many (DARS, He et al., ICCV 2021).
+    confidence, label: (B, H, W) float, int64 in [0, C) or 255;  order: permutation of all pixels, which decides ties
+    Differs: both papers fix the pseudo-labels of all images in rounds; here a teacher gives them batch by batch.
+    """
+    flat = label.flatten().where(label.flatten() != IGNORE_INDEX, classes)
+    order = order[confidence.flatten()[order].argsort(descending=True, stable=True)]
+    order = order[flat[order].argsort(stable=True)]  # by class, in each by falling confidence
+    ranked = flat[order]
+    first = torch.searchsorted(ranked, torch.arange(classes + 1, device=flat.device))
+    number = first.diff()
+    wanted = share * (number if prior is None else prior * first[-1])
+    rank = torch.arange(len(flat), device=flat.device) - first[ranked]
+    kept = rank < F.pad(wanted, (0, 1))[ranked]
+    return torch.full_like(flat, IGNORE_INDEX).scatter(0, order, ranked.where(kept, IGNORE_INDEX)).view_as(label)
 
 
 def _named(e: Experiment) -> Experiment:

@@ -20,7 +20,7 @@ CHANGED = {
     "schedule": "constant", "poly_power": 2, "warmup_steps": 3, "clip_norm": 1, "precision": "bf16", "seed": 1,
     "scale_range": (1, 1), "crop": (32, 32), "flip": 0, "colour": 0, "ema_decay": 0.9, "labelled_images": 4,
     "unlabelled_weight": 2, "pseudo_threshold": 0.5, "eval_every": 10, "eval_images": 10, "checkpoint_every": 7,
-    "target": {"style": "night"}, "class_mix": True,
+    "target": {"style": "night"}, "class_mix": True, "pseudo_selection": "dars", "pseudo_share": 0.9,
 }  # fmt: skip
 
 
@@ -118,6 +118,8 @@ def test_is_frozen():
         ({"target": {"style": "night"}}, "target needs ema_decay"),
         ({"target": {"Dataset": 3}, "ema_decay": 0.9}, "target.dataset must be the name or path of a data set, got 3"),
         ({"target": {"root": "/data"}, "ema_decay": 0.9}, "'root' is no data option"),
+        ({"pseudo_share": 0}, r"pseudo_share must be in \(0, 1\]"),
+        ({"pseudo_selection": "darts"}, "pseudo_selection must be 'all' or 'cbst' or 'dars'"),
         ({"class_mix": True, "ema_decay": 0.9}, "class_mix needs unlabelled images to paste onto"),
         ({"seed": -1}, "seed must be"),
     ],

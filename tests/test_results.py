@@ -169,7 +169,7 @@ def test_kept_runs_need_no_weights_and_say_so(write_run, tmp_path, monkeypatch):
         assert len(results.kept("some")) == 2
 
 
-TAUGHT = ("ema_decay", "pseudo_threshold", "unlabelled_weight")
+TAUGHT = ("ema_decay", "pseudo_threshold", "pseudo_selection", "unlabelled_weight")
 
 
 @pytest.mark.filterwarnings("error")  # a run under another name than its key, or without a file, would be left out
