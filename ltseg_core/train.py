@@ -334,9 +334,9 @@ class Training:
             self.others = _at_size(_elsewhere(e, whole.classes, self.data_root), e)
             self.unlabelled = list(range(len(self.others)))
         counts = stats.count_classes(self.labelled["train"].own_size)
-        self.prior = counts.pixel_share().to(self.device, torch.float32)
         if not counts.pixels.any():
             raise UserError(f"the training labels of {e.dataset} are all ignored: there is nothing to learn from")
+        self.prior = counts.pixel_share().to(self.device, torch.float32)
         self.test_sets = {
             split: _test_set(e, split, self.data_root)
             for split in data.splits(e.evaluated_on[0], self.data_root)
