@@ -176,7 +176,7 @@ class Experiment:
     """Pseudo-labels below this confidence are ignored."""
     pseudo_selection: Literal["all", "cbst", "dars"] = "all"
     """Which of the others are used: all, or the most confident of each class, "cbst" a share of it, "dars" so many that
-    the classes have the shares of the labels (`train.most_confident`)."""
+    the classes have the shares of the labels (`self_training.most_confident`)."""
     pseudo_share: float = 0.5
     """Share that "cbst" and "dars" use at the end of a stage; it grows linearly from 0.4 of that."""
 

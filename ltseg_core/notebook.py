@@ -86,9 +86,26 @@ def _literals(path: Path, source: str) -> dict[str, Any]:
 def source_hash(notebook: str | os.PathLike[str] | Mapping[str, Any]) -> str:
     """SHA-256 of type, source and tags of all cells but those that papermill adds."""
     nb = notebook if isinstance(notebook, Mapping) else _load(Path(notebook))
+    return hashlib.sha256(json.dumps(_own_cells(nb)).encode()).hexdigest()
+
+
+def code_as_run(notebook: Notebook, profile: str) -> list[str]:
+    """The code cells as a kernel runs them, with the one that papermill adds below those of parameters, to the letter:
+    `results.remembered` knows a kernel by the cells that it ran.
+    """
+    code = []
+    for kind, source, tags in _own_cells(_load(notebook.path)):
+        if kind == "code" and source.strip():
+            code.append(source)
+            if "parameters" in tags and "profile" in (notebook.parameters or {}):
+                code.append(f'# Parameters\nprofile = "{profile}"\n')
+    return code
+
+
+def _own_cells(nb: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """Type, source and tags of all cells but those that papermill adds."""
     cells = [(c["cell_type"], "".join(c["source"]), sorted(c["metadata"].get("tags", []))) for c in nb["cells"]]
-    own = [cell for cell in cells if not ADDED_BY_PAPERMILL.intersection(cell[2])]
-    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+    return [cell for cell in cells if not ADDED_BY_PAPERMILL.intersection(cell[2])]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import graphlib
 import io
-import json
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from ltseg_core import collection, config
 from ltseg_core.config import UserError
-from ltseg_core.notebook import ADDED_BY_PAPERMILL, Notebook
+from ltseg_core.notebook import code_as_run
 
 SHARED = [
     "segmentation_models_pytorch",
@@ -55,7 +54,7 @@ def redraw(
     """
     profile = config.choose("profile", profile, config.PROFILES)
     chosen = {n.name: n for n in collection.select(names, collection.notebooks(folder))}
-    code = {name: _code(n, profile) for name, n in chosen.items()}
+    code = {name: code_as_run(n, profile) for name, n in chosen.items()}
     env = {
         **collection.places(runs, figures, data_root),
         **collection.headless(threads=1),
@@ -100,22 +99,6 @@ def _environment(values: Mapping[str, str]) -> Any:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _code(notebook: Notebook, profile: str) -> list[str]:
-    """The code cells, and the one that papermill adds below those of parameters, to the letter: `results.remembered`
-    knows a kernel by the cells that it ran.
-    """
-    code = []
-    for cell in json.loads(notebook.path.read_text(encoding="utf-8"))["cells"]:
-        tags = cell["metadata"].get("tags", [])
-        if ADDED_BY_PAPERMILL.intersection(tags):  # an executed copy
-            continue
-        if cell["cell_type"] == "code" and (source := "".join(cell["source"])).strip():
-            code.append(source)
-            if "parameters" in tags and "profile" in (notebook.parameters or {}):
-                code.append(f'# Parameters\nprofile = "{profile}"\n')
-    return code
 
 
 def _draw(code: Sequence[str], folder: str, env: Mapping[str, str]) -> tuple[str | None, float]:

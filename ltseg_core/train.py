@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,14 +30,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ltseg_core import __version__, config, data, evaluate, metrics, parallel, results, stats
-from ltseg_core.config import IGNORE_INDEX, Experiment, UserError, check_options, choose
+from ltseg_core.config import Experiment, UserError, check_options, choose
 from ltseg_core.data.base import Resized, SegmentationDataset, Subset
 from ltseg_core.data.batches import (
     Batch,
     BatchOrder,
     Draw,
     augment,
-    class_mix,
     collate,
     draw,
     generator,
@@ -51,6 +49,7 @@ from ltseg_core.methods import METHODS, build_method, start_and_options
 from ltseg_core.methods.base import Stage
 from ltseg_core.models import build_model
 from ltseg_core.results import Run
+from ltseg_core.self_training import class_mix, most_confident, pseudo_labels, update_teacher
 
 CHECK_EVERY = 20  # steps between two looks at the loss: each costs one synchronisation with the device
 CHECKPOINT = "checkpoint.safetensors"
@@ -685,48 +684,6 @@ def optimise(
         nn.utils.clip_grad_norm_(learner.parameters(), e.clip_norm)
     optimizer.step()
     return loss.detach()
-
-
-@torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, counters copied (Tarvainen & Valpola 2017)."""
-    own, new = list(teacher.state_dict().values()), list(student.state_dict().values())
-    floats = [(t, s) for t, s in zip(own, new, strict=True) if t.is_floating_point()]
-    torch._foreach_lerp_([t for t, _ in floats], [s for _, s in floats], 1 - decay)
-    for t, s in zip(own, new, strict=True):
-        if not t.is_floating_point():
-            t.copy_(s)
-
-
-def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Largest softmax probability, and its class where that is at least `threshold`, else 255.
-
-    logits: (B, C, H, W);  inside: (B, H, W), ignore_index where there is no image;  returns (B, H, W) float and int64
-    """
-    confidence, label = logits.softmax(1).max(1)
-    return confidence, torch.where((confidence >= threshold) & (inside != IGNORE_INDEX), label, IGNORE_INDEX)
-
-
-def most_confident(
-    confidence: Tensor, label: Tensor, classes: int, share: float, prior: Tensor | None, order: Tensor
-) -> Tensor:
-    """Of each class the most confident pseudo-labels of a batch, rounded up; the others become 255.
-
-    prior None: `share` of those of each class, so that easy classes do not crowd out the others (CBST, Zou et al., ECCV
-    2018). Else (C,): share * prior_k of all of the batch, as far as the class has so many (DARS, He et al., ICCV 2021).
-    confidence, label: (B, H, W) float, int64 in [0, C) or 255;  order: permutation of all pixels, which decides ties
-    Differs: both papers fix the pseudo-labels of all images in rounds; here a teacher gives them batch by batch.
-    """
-    flat = label.flatten().where(label.flatten() != IGNORE_INDEX, classes)
-    order = order[confidence.flatten()[order].argsort(descending=True, stable=True)]
-    order = order[flat[order].argsort(stable=True)]  # by class, in each by falling confidence
-    ranked = flat[order]
-    first = torch.searchsorted(ranked, torch.arange(classes + 1, device=flat.device))
-    number = first.diff()
-    wanted = share * (number if prior is None else prior * first[-1])
-    rank = torch.arange(len(flat), device=flat.device) - first[ranked]
-    kept = rank < F.pad(wanted, (0, 1))[ranked]
-    return torch.full_like(flat, IGNORE_INDEX).scatter(0, order, ranked.where(kept, IGNORE_INDEX)).view_as(label)
 
 
 def _named(e: Experiment) -> Experiment:

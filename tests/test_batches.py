@@ -1,8 +1,5 @@
 """Order, collation and augmentation of training batches."""
 
-import itertools
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -10,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltseg_core import data
-from ltseg_core.config import UserError
 from ltseg_core.data import batches
 from ltseg_core.data.base import Subset
-from ltseg_core.data.batches import Batch, BatchOrder, Draw, augment, class_mix, collate, draw, generator, recolour
+from ltseg_core.data.batches import Batch, BatchOrder, Draw, augment, collate, draw, generator, recolour
 
 
 def plain_draw(count, *, zoom=1.0, flip=0.0, place=0.0):
@@ -96,31 +92,6 @@ def test_generators_depend_on_the_whole_key(a, b):
     one, same, swapped = generator(a, b), generator(a, b), generator(b, a)
     assert one.initial_seed() == same.initial_seed()
     assert a == b or one.initial_seed() != swapped.initial_seed()
-
-
-def test_class_mix_pastes_the_classes_of_the_lowest_scores():
-    """Against a loop over pixels: of three classes two, of four two, of one that one, of none nothing."""
-    torch.manual_seed(0)
-    label = torch.randint(0, 4, (4, 5, 7))
-    label[0][label[0] == 2] = 255  # three classes and pixels without one
-    label[2], label[3] = 1, 255
-    image, onto, onto_label = torch.rand(4, 3, 5, 7), torch.rand(4, 3, 5, 7), torch.randint(4, 8, (4, 5, 7))
-    score = torch.rand(4, 6)
-    mixed, mixed_label = class_mix(image, label, onto, onto_label, score)
-    for b in range(4):
-        present = sorted(set(label[b].ravel().tolist()) - {255}, key=lambda k: score[b, k])
-        pasted = present[: math.ceil(len(present) / 2)]
-        assert len(pasted) == [2, 2, 1, 0][b]
-        for y, x in itertools.product(range(5), range(7)):
-            here = int(label[b, y, x]) in pasted
-            assert mixed_label[b, y, x] == (label if here else onto_label)[b, y, x]
-            assert mixed[b, :, y, x].equal((image if here else onto)[b, :, y, x])
-
-
-def test_class_mix_needs_images_of_one_size():
-    image, onto = torch.zeros(1, 3, 4, 6), torch.zeros(1, 3, 5, 6)
-    with pytest.raises(UserError, match="images of one size, got 4x6 and 5x6: set size or crop"):
-        class_mix(image, image[:, 0].long(), onto, onto[:, 0].long(), torch.rand(1, 2))
 
 
 def test_recolour_closed_forms():

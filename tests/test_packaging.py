@@ -36,7 +36,7 @@ ROWS = [
     "results",
     "parallel",
 ]
-ROWS += ["train", "cost", "analysis", "viz", "explorer", "collection", "redraw", "report", "cli"]
+ROWS += ["self_training", "train", "cost", "analysis", "viz", "explorer", "collection", "redraw", "report", "cli"]
 PLATFORMS = [
     {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.7", "sys_platform": system, "os_name": name}
     for minor in (11, 12, 13, 14)

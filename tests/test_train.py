@@ -1,9 +1,7 @@
 """The training loop: determinism, resuming, several processes, teachers, and what stops it."""
 
-import copy
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -28,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ltseg_core import config, data, evaluate, metrics, parallel, results, stats, train
-from ltseg_core.config import IGNORE_INDEX, Experiment, UserError
+from ltseg_core.config import Experiment, UserError
 from ltseg_core.data import batches
 from ltseg_core.data.batches import BatchOrder, augment, collate, draw, generator
 from ltseg_core.losses import BLV
@@ -41,9 +39,6 @@ from ltseg_core.train import (
     fit,
     fit_all,
     learning_rate_factor,
-    most_confident,
-    pseudo_labels,
-    update_teacher,
 )
 
 SMALL = {"architecture": "Linknet", "encoder": "tu-mobilenetv3_small_050", "batch_size": 2}
@@ -629,46 +624,6 @@ def test_bf16_stays_close_to_fp32(tiny):
     full, half = (fit(tiny(precision=p, lr=1e-4)).history["value"].to_numpy() for p in ("fp32", "bf16"))
     assert not np.array_equal(full, half)
     assert np.abs(full - half).max() < 0.1
-
-
-def test_teacher_is_the_closed_form_average():
-    student = nn.BatchNorm1d(3)
-    teacher = copy.deepcopy(student)
-    expected = student.weight.detach().clone()
-    for step in range(1, 6):
-        nn.init.constant_(student.weight, float(step))
-        student.num_batches_tracked += 1
-        update_teacher(teacher, student, 0.8)
-        expected = 0.8 * expected + 0.2 * step
-    assert torch.allclose(teacher.weight, expected)
-    assert teacher.num_batches_tracked == 5
-
-
-def test_pseudo_labels():
-    logits = torch.tensor([[0.0, 2.0], [0.0, 0.0]]).view(1, 2, 1, 2)  # p = (.5, .5) and (.88, .12)
-    inside = torch.zeros(1, 1, 2, dtype=torch.long)
-    confidence, label = pseudo_labels(logits, inside, 0.0)
-    assert label.tolist() == [[[0, 0]]]
-    assert confidence.flatten().tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-2))])
-    assert pseudo_labels(logits, inside, 0.6)[1].tolist() == [[[255, 0]]]
-    assert pseudo_labels(logits, torch.full_like(inside, 255), 0.0)[1].tolist() == [[[255, 255]]]
-
-
-@pytest.mark.parametrize("prior", [None, torch.tensor([0.5, 0.2, 0.25, 0.05, 0])])
-def test_the_most_confident_pseudo_labels_of_each_class(prior):
-    """Against a loop; class 3 has fewer than are wanted, class 4 none; of equals the first in `order`."""
-    torch.manual_seed(0)
-    label = torch.randint(0, 3, (2, 6, 7))
-    label[0, 0, 0], label[1, 2:4, 1:4] = 3, IGNORE_INDEX
-    confidence, order = torch.rand(2, 6, 7).mul(8).round().div(8), torch.randperm(84)  # ties
-    chosen = most_confident(confidence, label, 5, 0.6, prior, order)
-    pixels, places = (label != IGNORE_INDEX).sum(), order.argsort().view_as(label)
-    for k in range(5):
-        own = sorted((label == k).nonzero().tolist(), key=lambda u: (-confidence[tuple(u)], places[tuple(u)]))
-        wanted = math.ceil(round(0.6 * (len(own) if prior is None else float(prior[k]) * int(pixels)), 4))
-        assert sorted(own[:wanted]) == (chosen == k).nonzero().tolist()
-    assert ((chosen == label) | (chosen == IGNORE_INDEX)).all()
-    assert torch.equal(most_confident(confidence, label, 5, 1.0, None, order), label), "all of each class are all"
 
 
 def _learned(run):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ltseg_core.config import IGNORE_INDEX, UserError
+from ltseg_core.config import IGNORE_INDEX
 from ltseg_core.data.base import InMemory, SegmentationDataset
 
 IN_MEMORY_BYTES = 4 * 2**30
@@ -171,27 +171,6 @@ def augment(batch: Batch, chosen: Draw, crop: tuple[int, int] | None) -> tuple[T
     shifted = F.grid_sample((batch.label + 1)[:, None].float(), grid, mode="nearest", align_corners=False)
     target = (shifted[:, 0].to(torch.uint8) - 1).long()
     return recolour(image, colour), target
-
-
-def class_mix(image: Tensor, label: Tensor, onto: Tensor, onto_label: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Paste half of the classes of each image onto another one, labels with them (ClassMix, Olsson et al., WACV 2021;
-    from labelled images, as DACS across domains, Tranheden et al., WACV 2021).
-
-    image, onto (B, 3, H, W); label, onto_label (B, H, W) int64, [0, C) or 255, which stays behind; score (B, C): of n
-    classes in an image, the (n + 1) // 2 with the lowest are pasted. Random scores draw them.
-    Differs, as `train` uses it: unsure pixels are left out where DACS lowers the weight of the loss, what is pasted was
-    recoloured once already, and nothing is blurred. Raises UserError for images of two sizes.
-    """
-    if image.shape != onto.shape:
-        sizes = " and ".join(f"{h}x{w}" for h, w in (image.shape[-2:], onto.shape[-2:]))
-        raise UserError(f"class_mix needs images of one size, got {sizes}: set size or crop")
-    valid = label != IGNORE_INDEX
-    known = label.where(valid, 0).flatten(1)
-    present = torch.zeros_like(score).scatter_reduce_(1, known, valid.flatten(1).to(score.dtype), "amax") > 0
-    rank = score.masked_fill(~present, torch.inf).argsort(1).argsort(1)
-    pasted = rank < (present.sum(1, keepdim=True) + 1) // 2
-    here = valid & pasted.gather(1, known).view_as(label)
-    return image.where(here[:, None], onto), label.where(here, onto_label)
 
 
 def recolour(image: Tensor, factors: Tensor) -> Tensor:
