@@ -25,7 +25,7 @@ from torch import Tensor
 from ltseg_core import config, cost, train
 from ltseg_core.evaluate import autocast
 from ltseg_core.losses import cross_entropy
-from ltseg_core.methods import METHODS
+from ltseg_core.methods import SUPERVISED
 from ltseg_core.models import SegmentationNetwork, build_model
 from ltseg_core.stats import ClassCounts
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--profile", default="camvid_cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=6, help="fewer than 6 give no interval")
-    parser.add_argument("--methods", nargs="*", default=[m for m in METHODS if METHODS[m].length])
+    parser.add_argument("--methods", nargs="*", default=[m for m in SUPERVISED if SUPERVISED[m].length])
     parser.add_argument("--out", help="also write the table to this CSV file")
     args = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -74,7 +74,11 @@ class CosineClassifier(nn.Module):
         nn.init.constant_(self.scale, self.initial_scale)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.conv2d(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+        return self.classify_direction(F.normalize(features, dim=1))
+
+    def classify_direction(self, direction: Tensor) -> Tensor:
+        """s w_k.v / |w_k| for v = x / |x|, (B, D, h, w)."""
+        return self.scale * F.conv2d(direction, F.normalize(self.weight, dim=1))
 
 
 def reinitialise(classifier: Any) -> None:

@@ -306,6 +306,8 @@ def _method(name: str, means: Mapping[str, pd.DataFrame], texts: Mapping[str, st
             f" It starts from the finished run of ``{method.first}``, or of the method that a hyper-parameter ``first``"
             f" names, and adds {method.length:.0%} of its steps."
         )
+    if method.unlabelled:
+        command += " It needs images without labels: set ``target`` or ``labelled_images``, and ``ema_decay``."
     directive = "autoclass" if inspect.isclass(described) else "autofunction"
     signature = f"{command}\n\n.. {directive}:: {described.__module__}.{described.__qualname__}\n"
     parts = [signature, _title("Notation", "-"), _prose(module)]

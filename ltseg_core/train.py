@@ -46,7 +46,7 @@ from ltseg_core.data.batches import (
 )
 from ltseg_core.losses import LOSSES, PixelLoss
 from ltseg_core.methods import METHODS, build_method, start_and_options
-from ltseg_core.methods.base import Stage
+from ltseg_core.methods.base import Alignment, Stage
 from ltseg_core.models import build_model
 from ltseg_core.results import Run
 from ltseg_core.self_training import class_mix, most_confident, pseudo_labels, update_teacher
@@ -178,14 +178,20 @@ class Learner(nn.Module):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
-        self.network, self.criterion = stage.network, stage.criterion
+        self.network, self.criterion, self.align = stage.network, stage.criterion, stage.align
 
     def forward(self, image: Tensor, target: Tensor, pseudo: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
-        """Loss of the labelled images, plus weight x loss of `pseudo` = (image, pseudo-labels, weight)."""
-        loss = self.criterion(self.network(image), target)
+        """Loss of the labelled images, plus weight x loss of `pseudo` = (image, pseudo-labels, weight), plus that of
+        the stage's alignment of both.
+        """
+        output = self.network(image)
+        loss = self.criterion(output, target)
         if pseudo is not None:
             image, target, weight = pseudo
-            loss = loss + weight * self.criterion(self.network(image), target)
+            other = self.network(image)
+            loss = loss + weight * self.criterion(other, target)
+            if self.align is not None:
+                loss = loss + self.align(output, other)
         return loss
 
 
@@ -404,9 +410,10 @@ class Training:
             others = iter(loader(self.others, order, workers=self.workers))
         self.bar.update(state.step - self.bar.n)
         losses = [m for m in learner.criterion.modules() if isinstance(m, PixelLoss)]
+        scheduled = [m for m in learner.modules() if isinstance(m, (PixelLoss, Alignment))]
         for step in range(state.step, stop):
-            for loss_module in losses:
-                loss_module.progress = (step - start) / max(1, stop - start - 1)
+            for part in scheduled:
+                part.progress = (step - start) / max(1, stop - start - 1)
             torch.manual_seed(_mix(e.seed, 5, step, self.rank))  # dropout, noise: a function of the step alone
             for group in state.optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(e, step - start, stop - start)
@@ -638,13 +645,18 @@ def _mix(*key: int) -> int:
 
 
 def build_optimizer(learner: Learner, e: Experiment) -> torch.optim.Optimizer:
-    """SGD or AdamW over all trainable parameters; those of the encoder with their own learning rate."""
-    encoder = {id(p) for name, p in learner.named_parameters() if ".encoder." in f".{name}"}
-    trainable = [p for p in learner.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if (id(p) in encoder) is inside], "peak": e.lr * factor}
-        for inside, factor in ((False, 1.0), (True, e.encoder_lr_factor))
-    ]
+    """SGD or AdamW over all trainable parameters; those of the encoder, and of an alignment, with their own learning
+    rates.
+    """
+    parts: dict[str, list[nn.Parameter]] = {"decoder": [], "encoder": []}
+    factors = {"decoder": 1.0, "encoder": e.encoder_lr_factor}
+    if learner.align is not None:
+        parts["align"], factors["align"] = [], learner.align.lr_factor
+    for name, parameter in learner.named_parameters():
+        part = "align" if name.startswith("align.") else "encoder" if ".encoder." in f".{name}" else "decoder"
+        if parameter.requires_grad:
+            parts[part].append(parameter)
+    groups = [{"params": own, "peak": e.lr * factors[part]} for part, own in parts.items()]
     if e.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay, fused=True)
     return torch.optim.AdamW(groups, lr=e.lr, weight_decay=e.weight_decay, fused=True)
@@ -702,8 +714,12 @@ def _first(e: Experiment) -> Experiment | None:
 
 
 def _check_options(e: Experiment) -> dict[str, Any]:
-    """The hyper-parameters but `first`, of known names and types."""
+    """The hyper-parameters but `first`, of known names and types. Raises UserError, too, where the method lacks images
+    without labels.
+    """
     _, options = start_and_options(e.method, e.hyper)
+    if METHODS[e.method].unlabelled and e.target is None and e.labelled_images is None:
+        raise UserError(f"{e.method} learns from images without labels, too: set target or labelled_images")
     return check_options(f"hyper-parameter of {e.method}", options, LOSSES.get(e.method) or METHODS[e.method].build)
 
 
@@ -720,7 +736,9 @@ def _refuse_where_forbidden(e: Experiment, runs: str | os.PathLike[str] | None) 
 
 def _settings(experiments: Iterable[Experiment]) -> list[Experiment]:
     """One experiment for all that share what `_refuse_bad_options` looks at."""
-    decisive = ("architecture", "encoder", "model_options", "method", "hyper", "target", "ema_decay")
+    decisive = (
+        "architecture", "encoder", "model_options", "method", "hyper", "target", "labelled_images", "ema_decay"
+    )  # fmt: skip
     return [*dict.fromkeys(Experiment(**{name: getattr(e, name) for name in decisive}) for e in experiments)]
 
 

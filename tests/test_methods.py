@@ -33,7 +33,7 @@ CASES = [(name, {}) for name in METHODS] + [
     ("seesaw", {"online": False}),
     ("blv", {"pseudo": True, "temporal": True}),
 ]
-NOTHING_TO_TRAIN = {"tau_norm", "posthoc_logit_adjustment", "ncm"}
+NOTHING_TO_TRAIN = {"tau_norm", "posthoc_logit_adjustment", "ncm", "tde"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def steps(name, options):
             module.requires_grad_(False).eval()
         image = torch.rand(2, 3, 32, 48, device="meta")
         target = torch.zeros(2, 32, 48, dtype=torch.long, device="meta")
-        yield learner, learner(image, target)
+        yield learner, learner(image, target, (image, target, 0.5) if METHODS[name].unlabelled else None)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
@@ -100,9 +100,12 @@ def operators(name, options, *, classes, images):
     numbers = []
     for stage in build_method(name, network, counts, options):
         stage.criterion.train()
-        given = experts[: len(getattr(stage.criterion, "labels", experts))]  # MEDOE's experts may learn in turn
+        number = 2 if name == "clan" else len(getattr(stage.criterion, "labels", experts))
+        given = experts[:number]  # MEDOE's experts may learn in turn
+        output = ExpertOutput(features, experts[0], given)
         with Operators() as seen:
-            stage.criterion(ExpertOutput(features, experts[0], given), target).backward()
+            loss = stage.criterion(output, target)
+            (loss if stage.align is None else loss + stage.align(output, output)).backward()
         numbers.append(seen.number)
     return numbers
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -53,6 +54,11 @@ def tiny(folder):
         return Experiment(dataset=str(root), **SMALL | {"steps": 4, "checkpoint_every": 2} | changes)
 
     return experiment
+
+
+def needed(method):
+    """What an experiment needs for its images without labels, of a method that learns from some."""
+    return {"labelled_images": 3, "ema_decay": 0.9} if METHODS[method].unlabelled else {}
 
 
 def weights(run):
@@ -307,6 +313,8 @@ def test_workers_have_the_environment_and_folder_of_their_pool(monkeypatch, tmp_
         ("crt", {"samples": 0}, "samples must be"),
         ("lws", {"first": "repeat_factr"}, "unknown first method .* did you mean 'repeat_factor'"),
         ("ncm", {"first": "medoe"}, "unknown first method 'medoe'"),
+        ("tde", {"first": "clan"}, "unknown first method 'clan'"),
+        ("tde", {"alpha": math.inf}, "alpha must be"),
         ("balanced_bound", {"first": "crt"}, "unknown first method 'crt'"),
         ("ncm", {"frist": "pat"}, "unknown hyper-parameter of ncm 'frist': did you mean 'first'"),
         ("ncm", {"first": "pat", "FIRST": "ce"}, "hyper-parameter of ncm 'first' is given twice"),
@@ -344,7 +352,7 @@ def test_fit_all_refuses_one_before_it_trains_another(tiny, tmp_path, bad, messa
     ids=str,
 )
 def test_what_may_suit_the_data_is_not_refused_before_they_are_read(tiny, method, hyper):
-    train._refuse_bad_options(tiny(method=method, hyper=hyper))
+    train._refuse_bad_options(tiny(method=method, hyper=hyper, **needed(method)))
 
 
 def test_experiments_that_differ_in_seed_or_data_only_are_checked_once(tiny):
@@ -821,7 +829,7 @@ def test_every_method_gives_finite_gradients_to_what_it_trains(method):
         trained = [p for p in learner.parameters() if p.requires_grad]
         assert bool(trained) == bool(stage.share), stage.name
         if trained:
-            learner(image, target).backward()
+            learner(image, target, (image, target, 0.5) if METHODS[method].unlabelled else None).backward()
             gradients = [p.grad for p in trained if p.grad is not None]
             assert all(torch.isfinite(g).all() for g in gradients), stage.name
             assert sum(g.abs().sum() for g in gradients) > 0, stage.name

@@ -36,6 +36,7 @@ from ltseg_core.methods.two_stage import (
     repeat_factor,
     repeat_factors,
     tau_norm,
+    tde,
     transposed_resize,
     undersampling,
 )
@@ -43,7 +44,7 @@ from ltseg_core.models import CosineClassifier, Output
 from ltseg_core.stats import ClassCounts
 
 RETRAINED = {"crt": crt, "lws": lws, "balanced_bound": balanced_bound}
-UNTRAINED = {"tau_norm": tau_norm, "posthoc_logit_adjustment": posthoc_logit_adjustment, "ncm": ncm}
+UNTRAINED = {"tau_norm": tau_norm, "posthoc_logit_adjustment": posthoc_logit_adjustment, "ncm": ncm, "tde": tde}
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_corrections_take_no_step_and_have_nothing_to_learn(network, name):
     (stage,) = UNTRAINED[name](network, COUNTS)
     assert stage.share == 0.0
     assert stage.frozen == (stage.network,)
-    assert (stage.prepare is not None) is (name == "ncm")
+    assert (stage.prepare is not None) is (name in ("ncm", "tde"))
 
 
 def test_crt_starts_anew_the_bound_from_the_finished_classifier(network):
@@ -282,6 +283,48 @@ def test_tau_zero_and_absent_classes(network):
     absent = ClassCounts(torch.tensor([5, 4, 3, 0]), torch.tensor([1, 1, 1, 0]))
     posthoc_logit_adjustment(network, absent)
     assert network(image).logits.isfinite().all()
+
+
+# --- total direct effect -----------------------------------------------------------------------------------
+
+
+def deconfounded(network, alpha):
+    (stage,) = tde(network, COUNTS, alpha=alpha)
+    images = [batch()[0] for _ in range(2)]
+    stage.prepare([(image, None) for image in images])
+    return images
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_tde_takes_off_what_the_mean_direction_gives(network, cosine):
+    """The paper's Eq. 8 with one head, at one position of the features, in sums of products; 0 takes off nothing."""
+    if cosine:
+        network.classifier = CosineClassifier(D, C, scale=16.0)
+    base = copy.deepcopy(network).eval()
+    images = deconfounded(network, 1.5)
+    features = torch.cat([base.features(image) for image in images]).detach().double()
+    mean = features.mean((0, 2, 3))
+    x, d = features[1, :, 2, 3].tolist(), (mean / mean.norm()).tolist()
+    along = sum(a * b for a, b in zip(x, d, strict=True))
+    if cosine:
+        along /= math.sqrt(sum(a * a for a in x))  # cos(x, d)
+    found = network.eval().classifier(features.float())[1, :, 2, 3].double()
+    plain = base.classifier(features.float())[1, :, 2, 3].double()
+    for k, w in enumerate(base.classifier.weight.flatten(1).double().tolist()):
+        scale = 16 / math.sqrt(sum(a * a for a in w)) if cosine else 1.0
+        effect = 1.5 * along * scale * sum(a * b for a, b in zip(w, d, strict=True))
+        assert abs(effect) > 1e-3
+        assert found[k].item() == pytest.approx(plain[k].item() - effect, abs=1e-5)
+    unchanged = copy.deepcopy(base)
+    image = deconfounded(unchanged, 0.0)[0]
+    torch.testing.assert_close(unchanged.eval()(image).logits, base(image).logits)
+
+
+def test_of_the_mean_direction_nothing_is_left_with_alpha_1(network):
+    deconfounded(network, 1.0)
+    features = torch.randn(2, D, 3, 4)
+    more = features + torch.randn(2, 1, 3, 4) * network.classifier.direction
+    torch.testing.assert_close(network.classifier(more), network.classifier(features))
 
 
 # --- nearest class mean ------------------------------------------------------------------------------------
@@ -531,6 +574,7 @@ def test_undersampling_is_cross_entropy_of_the_kept_pixels(network):
         (posthoc_logit_adjustment, {"tau": math.nan}, "tau must be float, got nan"),
         (posthoc_logit_adjustment, {"tau": math.inf}, "tau must be finite, got inf"),
         (posthoc_logit_adjustment, {"prior": "pixels"}, "prior must be 'pixel' or 'region', got 'pixels'"),
+        (tde, {"alpha": math.inf}, "alpha must be finite, got inf"),
         (ncm, {"distance": "cosin"}, "distance must be 'cosine' or 'euclidean', got 'cosin'"),
         (ncm, {"labels": "neares"}, "labels must be 'exact' or 'nearest', got 'neares'"),
         (undersampling, {"quantile": 1.5}, r"quantile must be in \[0, 1\], got 1.5"),
@@ -572,10 +616,10 @@ def test_every_correction_runs_on_a_finished_run_with_a_cosine_classifier(folder
     assert isinstance(finished, CosineClassifier)
     assert 0 < abs(finished.scale.item() - 20) < 1
     found = {}
-    for method in ("disalign", "crt", "lws", "balanced_bound", "posthoc_logit_adjustment", "ncm"):
+    for method in ("disalign", "crt", "lws", "balanced_bound", "posthoc_logit_adjustment", "ncm", "tde"):
         network = train.fit(dataclasses.replace(base, method=method)).network()
         found[method] = network.network.classifier if method == "disalign" else network.classifier
-    kept = [found["disalign"], found["lws"].base, found["posthoc_logit_adjustment"].base]
+    kept = [found["disalign"], found["lws"].base, found["posthoc_logit_adjustment"].base, found["tde"].base]
     assert all(torch.equal(classifier.weight, finished.weight) for classifier in kept)
     for name in ("crt", "balanced_bound"):
         assert isinstance(found[name], CosineClassifier)

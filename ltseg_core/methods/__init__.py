@@ -7,7 +7,7 @@ from typing import Any
 
 from ltseg_core.config import UserError, canonical, choose, option_names
 from ltseg_core.losses import LOSSES, build_loss
-from ltseg_core.methods import disalign, medoe, region_rebalance, two_stage
+from ltseg_core.methods import clan, disalign, medoe, region_rebalance, two_stage
 from ltseg_core.methods.base import Method, PixelCriterion, Stage
 from ltseg_core.models import SegmentationNetwork
 from ltseg_core.stats import ClassCounts
@@ -29,6 +29,7 @@ METHODS: dict[str, Method] = {
     "repeat_factor": Method(two_stage.repeat_factor),
     "region_rebalance": Method(region_rebalance.build),
     "medoe": Method(medoe.build),
+    "clan": Method(clan.build, unlabelled=True),
     # on the finished run of the same seed: of cross-entropy, or of the method that `first` names (`start_and_options`)
     "disalign": Method(disalign.disalign, first="ce", length=0.25),
     "crt": Method(two_stage.crt, first="ce", length=0.25),
@@ -37,7 +38,10 @@ METHODS: dict[str, Method] = {
     "tau_norm": Method(two_stage.tau_norm, first="ce", length=0),
     "posthoc_logit_adjustment": Method(two_stage.posthoc_logit_adjustment, first="ce", length=0),
     "ncm": Method(two_stage.ncm, first="ce", length=0),
+    "tde": Method(two_stage.tde, first="ce", length=0),
 }
+SUPERVISED = {name: method for name, method in METHODS.items() if not method.unlabelled}
+"""Those that learn from labelled images alone, which can be compared under one protocol."""
 
 
 def start_and_options(name: str, hyper: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -51,7 +55,7 @@ def start_and_options(name: str, hyper: Mapping[str, Any]) -> tuple[str | None, 
     if usual is None:
         return None, dict(hyper)
     options = canonical(f"hyper-parameter of {name}", hyper, ["first", *option_names(build)])
-    plain = [other for other, method in METHODS.items() if method.first is None and method.build is not medoe.build]
+    plain = [other for other, m in METHODS.items() if m.first is None and other not in ("medoe", "clan")]
     return choose("first method", options.pop("first", usual), plain), options
 
 

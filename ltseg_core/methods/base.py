@@ -16,6 +16,17 @@ from ltseg_core.models import Output
 P = ParamSpec("P")
 
 
+class Alignment(nn.Module):
+    """A loss of the outputs for labelled images and for others: (Output, Output) -> scalar.
+
+    progress:  share of the stage's steps done, in [0, 1]
+    lr_factor: learning rate of its parameters over that of the decoder
+    """
+
+    progress: float = 0.0
+    lr_factor: float = 1.0
+
+
 @dataclass(frozen=True)
 class Stage:
     """One leg of training.
@@ -29,6 +40,8 @@ class Stage:
     sampling:  which classes each labelled image contains, (N, C) bool, -> weights (N,) in proportion to which images
                are drawn with replacement; None: every image once per epoch
     split:     of the data set, whose labelled images it learns from
+    align:     what it learns from images without labels beside their pseudo-labels; its parameters are trained and
+               dropped as the criterion's
     """
 
     name: str
@@ -39,6 +52,7 @@ class Stage:
     prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], None] | None = None
     sampling: Callable[[Tensor], Tensor] | None = None
     split: str = "train"
+    align: Alignment | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +63,13 @@ class Method:
     first:  the method whose finished run of the same experiment gives the weights to start from, unless a
             hyper-parameter `first` names another (which has its default hyper-parameters); None: from scratch
     length: steps of the method's own stages, as a share of the experiment's
+    unlabelled: whether it needs images without labels
     """
 
     build: Callable[..., list[Stage]]
     first: str | None = None
     length: float = 1.0
+    unlabelled: bool = False
 
 
 def checked(build: Callable[P, list[Stage]]) -> Callable[P, list[Stage]]:

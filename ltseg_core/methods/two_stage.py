@@ -8,7 +8,8 @@ A stage with share 0 takes no optimiser step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
 from ltseg_core.losses import Prior, _require, build_loss, class_sizes, one_hot, per_pixel, pixel_nll
 from ltseg_core.methods.base import PixelCriterion, Stage, checked
-from ltseg_core.models import Output, SegmentationNetwork, padding, reinitialise
+from ltseg_core.models import CosineClassifier, Output, SegmentationNetwork, padding, reinitialise
 from ltseg_core.stats import ClassCounts
 
 Balance = Literal["sampling", "weights"]
@@ -147,6 +148,49 @@ def ncm(
     return [untrained("ncm", network, counts, prepare)]
 
 
+@checked
+def tde(network: SegmentationNetwork, counts: ClassCounts, *, alpha: float = 1.0) -> list[Stage]:
+    """De-confounded TDE: what the mean direction of the features gives is taken off (Tang et al., NeurIPS 2020).
+
+    d = m / |m|, m the mean feature of the training images; see `Deconfounded` for alpha, 0 of which changes nothing.
+    Differs: the authors train with a normalised classifier of several heads, and m is a moving average over the
+    training; here both are of the finished network, linear or cosine. They keep the background as it was, which a
+    segmentation need not have. Raises UserError for an alpha that is not finite.
+    """
+    _require("alpha", alpha, True, "finite")
+    classifier = Deconfounded(network.classifier, alpha)
+
+    def prepare(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        classifier.direction.copy_(F.normalize(mean_feature(network, batches), dim=0).view(-1, 1, 1))
+
+    network.classifier = classifier
+    return [untrained("tde", network, counts, prepare)]
+
+
+class Deconfounded(nn.Module):
+    """W (x - alpha d d.x) + b, or for a cosine classifier s w_k/|w_k| . (v - alpha d d.v) with v = x / |x|, which is
+    the total direct effect of the paper's Eq. 8 with one head.
+
+    direction: d, (D, 1, 1), of length 1
+    """
+
+    direction: Tensor
+
+    def __init__(self, base: Any, alpha: float) -> None:
+        super().__init__()
+        self.base, self.alpha = base, alpha
+        self.in_channels, self.out_channels = base.in_channels, base.out_channels
+        self.register_buffer("direction", torch.zeros(base.in_channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if isinstance(self.base, CosineClassifier):
+            return self.base.classify_direction(self._remove(F.normalize(features, dim=1)))
+        return self.base(self._remove(features))
+
+    def _remove(self, x: Tensor) -> Tensor:
+        return x - self.alpha * self.direction * (x * self.direction).sum(1, keepdim=True)
+
+
 class PerClassAffine(nn.Module):
     """f_k z_k + o_k on the logits of a classifier.
 
@@ -218,25 +262,46 @@ def class_means(
     Returns the means (C, D), 0 for a class that has none, and which classes have one (C,), both on the CPU.
     Raises UserError if no pixel is labelled.
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     sums: Tensor | float = 0.0
     sizes = torch.zeros(num_classes, dtype=torch.float64)
-    for image, target in batches:
-        features = network.features(image)
-        low = features.new_zeros(len(image), num_classes, *features.shape[-2:])
-        if labels == "nearest":
-            share = one_hot(nearest_labels(target, features, network.stride), low)
-        else:
-            share = transposed_resize(network, image, target, low)
-        sums = sums + torch.einsum("bchw,bdhw->cd", share, features).cpu().double()
-        sizes += share.sum((0, 2, 3)).cpu().double()
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(network):
+        for image, target in batches:
+            features = network.features(image)
+            low = features.new_zeros(len(image), num_classes, *features.shape[-2:])
+            if labels == "nearest":
+                share = one_hot(nearest_labels(target, features, network.stride), low)
+            else:
+                share = transposed_resize(network, image, target, low)
+            sums = sums + torch.einsum("bchw,bdhw->cd", share, features).cpu().double()
+            sizes += share.sum((0, 2, 3)).cpu().double()
     if isinstance(sums, float) or not sizes.any():
         raise UserError("no pixel of the training images has a label: nearest class means need labelled images")
     seen = sizes > 0
     return sums / sizes.where(seen, torch.ones(())).unsqueeze(1), seen
+
+
+@torch.no_grad()
+def mean_feature(network: SegmentationNetwork, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean over all positions of the images of `batches`, (D,) float64 on the CPU, the network in evaluation mode."""
+    total, positions = torch.zeros(network.feature_channels, dtype=torch.float64), 0
+    with evaluating(network):
+        for image, _ in batches:
+            features = network.features(image)
+            total += features.sum((0, 2, 3)).cpu().double()
+            positions += features[:, 0].numel()
+    return total / positions
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, afterwards that of every module before."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def nearest_labels(target: Tensor, features: Tensor, stride: int) -> Tensor:

@@ -83,6 +83,8 @@ METHOD_LABELS = {
     "balanced_bound": "balanced bound",
     "repeat_factor": "repeat-factor sampling",
     "vs": "vector scaling",
+    "tde": "TDE",
+    "clan": "CLAN",
 }
 """Append only: the place of a method in this list is its colour, marker, line and hatch in every notebook."""
 KIND_LABELS = {"pearson": "raw counts", "pearson log": "log counts", "spearman": "ranks (Spearman)"}

@@ -1,0 +1,173 @@
+"""CLAN: category-level adversaries for domain adaptation (Luo et al., CVPR 2019), a system that BLV compares with.
+
+Two classifiers read one decoder; the prediction is the softmax of the sum of their logits, p = softmax(z_1 + z_2). A
+discriminator D sees p and learns whether the image had labels; the network learns to make images without labels look
+to D as if they had some, most where the classifiers disagree, which are kept apart by the cosine of their weights:
+
+    L       = CE(z_1) + CE(z_2) + d (lambda_weight cos(w_1, w_2) + lambda_adv L_adv)
+    L_adv   = -1/|U| sum_u (eps + lambda_local M_u) log(1 - D_u),  M_u = 1 - cos(softmax(z_1u), softmax(z_2u))
+    L_D     = -1/|S| sum_s log(1 - D_s) - 1/|U| sum_u (eps + lambda_local M_u) log D_u
+
+S, U: pixels of the images with and without labels; D_u in (0, 1): how sure D is that there were none.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ltseg_core.config import UserError
+from ltseg_core.losses import _require, _wide, cross_entropy
+from ltseg_core.methods.base import Alignment, Stage, checked
+from ltseg_core.methods.medoe import ExpertOutput, Experts
+from ltseg_core.models import SegmentationNetwork
+from ltseg_core.stats import ClassCounts
+
+
+@checked
+def build(
+    network: SegmentationNetwork,
+    counts: ClassCounts,
+    *,
+    lambda_weight: float = 0.01,
+    lambda_adv: float = 0.001,
+    lambda_local: float = 40.0,
+    epsilon: float = 0.4,
+    preheat: float = 0.05,
+    damping: bool = True,
+    discriminator_lr: float = 0.1,
+) -> list[Stage]:
+    """Training of the network, its second classifier and the discriminator, in one stage.
+
+    lambda_weight: weight of the cosine of the two classifiers' weights, lambda_adv: of the adversarial loss
+    lambda_local, epsilon: how a pixel's disagreement weighs in it; 40 in the code for GTA5, 10 for SYNTHIA and in the
+        paper
+    preheat: share of the steps in which every pixel weighs 1 in it, of the code
+    damping: d falls from 1 to 0 over the steps, as in the code; else it is 1
+    discriminator_lr: learning rate of the discriminator over that of the decoder; 0.4 in the code, with Adam for it and
+        SGD for the network. Differs: both are trained by the experiment's optimiser, from one loss
+    The images without labels are the experiment's, of its `target` or those beyond `labelled_images`. The EMA teacher
+    is what is evaluated, as of every method; `unlabelled_weight` 0 leaves out its pseudo-labels, which CLAN lacks.
+    Differs: one cross-entropy with pixels of equal weight (the code: focal), so that the base is that of the others.
+    Raises UserError for a value out of range.
+    """
+    for name, value in {
+        "lambda_weight": lambda_weight,
+        "lambda_adv": lambda_adv,
+        "lambda_local": lambda_local,
+        "epsilon": epsilon,
+        "discriminator_lr": discriminator_lr,
+    }.items():
+        _require(name, value, value >= 0, ">= 0")
+    _require("preheat", preheat, 0 <= preheat <= 1, "in [0, 1]")
+    learner = TwoClassifiers(network)
+    align = CategoryAlignment(
+        learner.classifiers(),
+        counts.num_classes,
+        weights=(lambda_weight, lambda_adv),
+        lambda_local=lambda_local,
+        epsilon=epsilon,
+        preheat=preheat,
+        damping=damping,
+    )
+    align.lr_factor = discriminator_lr
+    return [Stage("clan", learner, SumOfCrossEntropies(network.auxiliary_weight), align=align)]
+
+
+class TwoClassifiers(nn.Module):
+    """A network with a second classifier: images (B, 3, H, W) -> ExpertOutput whose logits are the sum of both's."""
+
+    def __init__(self, network: SegmentationNetwork) -> None:
+        super().__init__()
+        self.experts = Experts(network, 2, share="decoder", shared_gradient="all")
+
+    def classifiers(self) -> tuple[Any, Any]:
+        return self.experts.base.classifier, self.experts.others[0].classifier
+
+    def forward(self, image: Tensor) -> ExpertOutput:
+        output = self.experts(image)
+        return output._replace(logits=output.experts[0] + output.experts[1])
+
+
+class SumOfCrossEntropies(nn.Module):
+    """CE(z_1) + CE(z_2), plus `auxiliary_weight` x that of the auxiliary logits where there are any."""
+
+    def __init__(self, auxiliary_weight: float = 0.0) -> None:
+        super().__init__()
+        self.auxiliary_weight = auxiliary_weight
+
+    def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
+        loss = torch.stack([cross_entropy(z, target) for z in output.experts]).sum()
+        if output.auxiliary is None:
+            return loss
+        return loss + self.auxiliary_weight * cross_entropy(output.auxiliary, target)
+
+
+class CategoryAlignment(Alignment):
+    """d (lambda_weight cos(w_1, w_2) + lambda_adv L_adv) + L_D, where no gradient of L_adv reaches D, and none of L_D
+    the network, so that one backward pass does the two steps of the authors' code.
+
+    classifiers: the two, whose weights w (and biases) are compared; weights: lambda_weight, lambda_adv
+    """
+
+    def __init__(
+        self,
+        classifiers: tuple[nn.Module, nn.Module],
+        num_classes: int,
+        *,
+        weights: tuple[float, float],
+        lambda_local: float,
+        epsilon: float,
+        preheat: float,
+        damping: bool,
+    ) -> None:
+        super().__init__()
+        self.classifiers = classifiers  # in a tuple, as they belong to the network
+        self.weights, self.lambda_local, self.epsilon = weights, lambda_local, epsilon
+        self.preheat, self.damping = preheat, damping
+        self.discriminator = discriminator(num_classes)
+
+    def forward(self, labelled: ExpertOutput, unlabelled: ExpertOutput) -> Tensor:
+        source, target = (_wide(output.logits).softmax(1) for output in (labelled, unlabelled))
+        first, second = (_wide(z).detach().softmax(1) for z in unlabelled.experts)
+        weight = self.epsilon + self.lambda_local * (1 - F.cosine_similarity(first, second, dim=1))
+        if self.progress < self.preheat:
+            weight = torch.ones_like(weight)
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        fooled = (weight * F.softplus(self._judge(target, frozen))).mean()
+        told_apart = (
+            F.softplus(self._judge(source.detach())).mean()
+            + (weight * F.softplus(-self._judge(target.detach()))).mean()
+        )
+        w1, w2 = (_flat(classifier) for classifier in self.classifiers)
+        damping = 1 - self.progress if self.damping else 1.0
+        pulled = self.weights[0] * F.cosine_similarity(w1, w2, dim=0) + self.weights[1] * fooled
+        return damping * pulled + told_apart
+
+    def _judge(self, p: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """log D / (1 - D) of each pixel, (B, H, W), of probabilities (B, C, H, W)."""
+        if min(p.shape[-2:]) < 32:
+            raise UserError(
+                f"clan needs images of at least 32x32 pixels, got {p.shape[-2]}x{p.shape[-1]}: its discriminator halves"
+                " them five times"
+            )
+        judged = self.discriminator(p) if parameters is None else functional_call(self.discriminator, parameters, p)
+        return F.interpolate(judged, p.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
+
+
+def discriminator(num_classes: int, width: int = 64) -> nn.Sequential:
+    """(B, C, H, W) -> (B, 1, h, w): five convolutions of 4x4 that halve the map, with leaky ReLUs (0.2) between."""
+    channels = [num_classes, width, 2 * width, 4 * width, 8 * width]
+    layers: list[nn.Module] = []
+    for into, out in pairwise(channels):
+        layers += [nn.Conv2d(into, out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, stride=2, padding=1))
+
+
+def _flat(classifier: nn.Module) -> Tensor:
+    return torch.cat([p.flatten() for p in classifier.parameters() if p.ndim])
