@@ -214,8 +214,9 @@ class Experiment:
         unlabelled = [name for name in ("labelled_images", "target") if getattr(self, name) is not None]
         if unlabelled and self.ema_decay is None:
             raise UserError(f"{unlabelled[0]} needs ema_decay: the EMA teacher labels the unlabelled images")
-        if self.class_mix and not unlabelled:
-            raise UserError("class_mix needs unlabelled images to paste onto: set labelled_images or target")
+        for name in ("class_mix", "pseudo_selection"):
+            if getattr(self, name) != _LATER[name] and not unlabelled:
+                raise UserError(f"{name} needs unlabelled images: set labelled_images or target")
         for name in ("name", "split", "root"):
             if name in {**self.data_options, **(self.target or {})}:
                 raise UserError(f"{name!r} is no data option: data set, split and data root have their own arguments")

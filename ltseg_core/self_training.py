@@ -32,12 +32,14 @@ def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float) -> tuple[Ten
 def most_confident(
     confidence: Tensor, label: Tensor, classes: int, share: float, prior: Tensor | None, order: Tensor
 ) -> Tensor:
-    """Of each class the most confident pseudo-labels of a batch, rounded up; the others become 255.
+    """Of each class the most confident pseudo-labels of a process's part of a batch, rounded up; the others become 255.
 
     prior None: `share` of those of each class, so that easy classes do not crowd out the others (CBST, Zou et al., ECCV
     2018). Else (C,): share * prior_k of all of the batch, as far as the class has so many (DARS, He et al., ICCV 2021).
     confidence, label: (B, H, W) float, int64 in [0, C) or 255;  order: permutation of all pixels, which decides ties
-    Differs: both papers fix the pseudo-labels of all images in rounds; here a teacher gives them batch by batch.
+    Differs: both papers fix the pseudo-labels of all images in rounds; here a teacher gives them batch by batch. CBST's
+    code gives a pixel the class of the largest p_k / threshold_k, here it keeps that of the largest p_k; DARS draws at
+    random among all that pass a threshold, here only among equals.
     """
     flat = label.flatten().where(label.flatten() != IGNORE_INDEX, classes)
     order = order[confidence.flatten()[order].argsort(descending=True, stable=True)]

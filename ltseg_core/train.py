@@ -43,6 +43,7 @@ from ltseg_core.data.batches import (
     in_memory_if_small,
     loader,
     recolour,
+    unlabelled,
 )
 from ltseg_core.losses import LOSSES, PixelLoss
 from ltseg_core.methods import METHODS, build_method, start_and_options
@@ -498,16 +499,17 @@ class Training:
         """Unlabelled images as they are, the teacher's labels for them, and the student's factors for `recolour`."""
         e, chosen = self.e, self._draw(step, 3, self.e.colour)
         plain = chosen._replace(colour=torch.ones_like(chosen.colour))
-        image, target = augment(self._to_device(batch._replace(label=torch.zeros_like(batch.label))), plain, e.crop)
+        image, target = augment(self._to_device(unlabelled(batch)), plain, e.crop)
         with evaluate.autocast(self.device, e.precision):
             logits = teacher(image).logits
         confidence, target = pseudo_labels(logits.float(), target, e.pseudo_threshold)
         if e.pseudo_selection != "all":
-            order = torch.randperm(target.numel(), generator=generator(e.seed, 7, step, self.rank)).to(self.device)
+            ties = generator(e.seed, 7, step, self.rank, device=self.device)
+            order = torch.randperm(target.numel(), generator=ties, device=self.device)
             share = e.pseudo_share * (0.4 + 0.6 * progress)
             prior = self.prior if e.pseudo_selection == "dars" else None
             target = most_confident(confidence, target, logits.shape[1], share, prior, order)
-        return image, target, chosen.colour.to(self.device)
+        return image, target, chosen.colour.to(self.device, non_blocking=True)
 
     def _confusion(self, network: nn.Module, dataset: SegmentationDataset) -> np.ndarray:
         self._share_buffers(network)
@@ -693,7 +695,8 @@ def optimise(
         loss = learner(image, target, pseudo)
     loss.backward()
     if e.clip_norm is not None:
-        nn.utils.clip_grad_norm_(learner.parameters(), e.clip_norm)
+        for own in optimizer.param_groups[:2], optimizer.param_groups[2:]:  # an alignment apart from the network
+            nn.utils.clip_grad_norm_([p for group in own for p in group["params"]], e.clip_norm)
     optimizer.step()
     return loss.detach()
 
@@ -715,11 +718,13 @@ def _first(e: Experiment) -> Experiment | None:
 
 def _check_options(e: Experiment) -> dict[str, Any]:
     """The hyper-parameters but `first`, of known names and types. Raises UserError, too, where the method lacks images
-    without labels.
+    without labels, or would find labelled pixels in them.
     """
     _, options = start_and_options(e.method, e.hyper)
     if METHODS[e.method].unlabelled and e.target is None and e.labelled_images is None:
         raise UserError(f"{e.method} learns from images without labels, too: set target or labelled_images")
+    if METHODS[e.method].unlabelled and e.class_mix:
+        raise UserError(f"class_mix would paste labelled pixels into what {e.method} takes for images without labels")
     return check_options(f"hyper-parameter of {e.method}", options, LOSSES.get(e.method) or METHODS[e.method].build)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ltseg_core import data
 from ltseg_core.data import batches
 from ltseg_core.data.base import Subset
-from ltseg_core.data.batches import Batch, BatchOrder, Draw, augment, collate, draw, generator, recolour
+from ltseg_core.data.batches import Batch, BatchOrder, Draw, augment, collate, draw, generator, recolour, unlabelled
 
 
 def plain_draw(count, *, zoom=1.0, flip=0.0, place=0.0):
@@ -78,6 +78,18 @@ def test_padded_pixels_never_enter_through_flip_or_place():
     assert (batch.label[0, :, 8:] == 255).all()
     _, target = augment(batch, plain_draw(2, flip=1.0), (6, 8))
     assert (target == 1).all()
+
+
+def test_a_batch_without_labels_knows_its_padding():
+    items = [
+        (torch.zeros(3, h, w, dtype=torch.uint8), torch.full((h, w), 255, dtype=torch.uint8))
+        for h, w in ((4, 6), (5, 3))
+    ]
+    label = unlabelled(collate(items)).label
+    assert label.dtype == torch.uint8
+    expected = torch.full((2, 5, 6), 255)
+    expected[0, :4, :6] = expected[1, :5, :3] = 0
+    assert torch.equal(label.long(), expected)
 
 
 def test_ignore_label_survives_resampling():

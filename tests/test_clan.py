@@ -31,9 +31,22 @@ def alignment(**options):
     return stage.align.double(), stage.network.double()
 
 
+def classifiers(network):
+    return network.network.classifier, network.second
+
+
 def grads(loss, tensors):
     found = torch.autograd.grad(loss, list(tensors), allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+
+
+def of_network(align, others):
+    """lambda_adv L_adv without damping, from its definition."""
+    judged = align.discriminator(others.logits.softmax(1))
+    sure = F.interpolate(judged, SIZE, mode="bilinear").sigmoid()[:, 0]
+    p1, p2 = (z.softmax(1) for z in others.experts)
+    weight = align.epsilon + align.lambda_local * (1 - F.cosine_similarity(p1, p2, dim=1))
+    return -align.weights[1] * (weight * (1 - sure).log()).mean()
 
 
 @pytest.mark.parametrize(("progress", "damping"), [(0.0, True), (0.3, True), (0.3, False)])
@@ -55,7 +68,7 @@ def test_the_loss_is_that_of_the_paper(progress, damping):
         fooled -= weight * math.log(1 - d) / len(p1)
         told -= weight * math.log(d) / len(p1)
     told -= sum(math.log(1 - d) for d in sure(labelled)) / len(p1)
-    w1, w2 = (torch.cat([c.weight.flatten(), c.bias]) for c in network.classifiers())
+    w1, w2 = (torch.cat([c.weight.flatten(), c.bias]) for c in classifiers(network))
     factor = 1 - progress if damping else 1.0
     expected = factor * (0.3 * (w1 @ w2 / (w1.norm() * w2.norm())).item() + 0.7 * fooled) + told
     assert align(labelled, others).item() == pytest.approx(expected, rel=1e-9)
@@ -73,11 +86,13 @@ def test_the_network_fools_and_the_discriminator_does_not_help_it():
     assert min(g.abs().max() for g in own[:-1]) > 0
     assert without[-1].eq(0).all()
     assert own[-1][0].eq(0).all(), "nor is a labelled image changed to fool it"
-    assert own[-1][1].abs().max() > 0
-    weights = [c.weight for c in network.classifiers()]
+    others = given[1]
+    (expected,) = grads(of_network(align, others), [pairs])
+    torch.testing.assert_close(own[-1], expected)  # through the weights M_u, too
+    weights = [c.weight for c in classifiers(network)]
     assert all(g.eq(0).all() for g in grads(align(*given), weights))
     apart, network = alignment(lambda_weight=0.5)
-    weights = [c.weight for c in network.classifiers()]
+    weights = [c.weight for c in classifiers(network)]
     step = grads(apart(*given), weights)
     before = F.cosine_similarity(*(w.flatten() for w in weights), dim=0)
     after = F.cosine_similarity(*((w - 0.1 * g).flatten() for w, g in zip(weights, step, strict=True)), dim=0)
@@ -89,11 +104,11 @@ def test_two_classifiers_read_one_decoder_and_their_logits_are_added():
     image, target = batch(size=(32, 36))
     network = stage.network.eval()
     output = network(image)
-    first, second = network.classifiers()
+    first, second = classifiers(network)
     assert not torch.equal(first.weight, second.weight)
-    features = network.experts.base.features(image)
+    features = network.network.features(image)
     for classifier, logits in zip((first, second), output.experts, strict=True):
-        torch.testing.assert_close(network.experts.base.resize(classifier(features), image), logits)
+        torch.testing.assert_close(network.network.resize(classifier(features), image), logits)
     torch.testing.assert_close(output.logits, sum(output.experts))
     both = sum(cross_entropy(z, target) for z in output.experts)
     torch.testing.assert_close(Learner(stage)(image, target), both)
@@ -143,12 +158,45 @@ def test_training_needs_images_without_labels_and_uses_them(folder):
         with pytest.raises(UserError, match="clan learns from images without labels, too: set target or"):
             refuse(e)
     few = dataclasses.replace(e, labelled_images=2, ema_decay=0.5, unlabelled_weight=0.0)
+    with pytest.raises(UserError, match="class_mix would paste labelled pixels into what clan takes"):
+        train.fit(dataclasses.replace(few, class_mix=True))
     run = train.fit(few)
     assert np.isfinite(run.history["value"]).all()
     test = data.load(e.dataset, "test")
     assert np.array_equal(evaluate.confusion(run.network(), test).numpy(), run.confusion("test"))
     assert not [name for name in run.weights() if "discriminator" in name]
     alone = train.fit(dataclasses.replace(few, hyper={"lambda_adv": 0.0}))
-    assert not torch.equal(*(r.weights()["experts.base.encoder.model.conv_stem.weight"] for r in (run, alone))), (
+    assert not torch.equal(*(r.weights()["network.encoder.model.conv_stem.weight"] for r in (run, alone))), (
         "they had a say"
     )
+
+
+def test_the_loop_tells_how_far_it_is(folder, monkeypatch):
+    seen, forward = [], clan.CategoryAlignment.forward
+    monkeypatch.setattr(
+        clan.CategoryAlignment, "forward", lambda self, *a: seen.append(self.progress) or forward(self, *a)
+    )
+    train.fit(
+        Experiment(
+            dataset=str(folder(train=4, val=1, test=1)), architecture="Linknet", encoder="tu-mobilenetv3_small_050",
+            batch_size=2, steps=5, method="clan", labelled_images=2, ema_decay=0.5,
+        )
+    )  # fmt: skip
+    assert seen == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_the_discriminator_is_clipped_apart_from_the_network():
+    """Its gradients, of which lambda_local makes more, change nothing of a network that does not ask it."""
+    (image, target), networks = batch(size=SIZE), []
+    e = Experiment(lr=0.1, optimizer="sgd", clip_norm=0.01)
+    for local in (0.0, 100.0):
+        torch.manual_seed(0)
+        (stage,) = clan.build(tiny_network(), COUNTS, lambda_adv=0.0, lambda_local=local, preheat=0.0)
+        learner = Learner(stage)
+        optimizer = train.build_optimizer(learner, e)
+        train.optimise(learner, optimizer, e, image, target, (image, target, 0.0))
+        parts = (learner.network, learner.align)
+        norms = [math.hypot(*(p.grad.norm() for p in part.parameters())) for part in parts]
+        assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+        networks.append(learner.network.state_dict())
+    assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())

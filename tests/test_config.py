@@ -120,7 +120,8 @@ def test_is_frozen():
         ({"target": {"root": "/data"}, "ema_decay": 0.9}, "'root' is no data option"),
         ({"pseudo_share": 0}, r"pseudo_share must be in \(0, 1\]"),
         ({"pseudo_selection": "darts"}, "pseudo_selection must be 'all' or 'cbst' or 'dars'"),
-        ({"class_mix": True, "ema_decay": 0.9}, "class_mix needs unlabelled images to paste onto"),
+        ({"class_mix": True, "ema_decay": 0.9}, "class_mix needs unlabelled images: set labelled_images or"),
+        ({"pseudo_selection": "cbst", "ema_decay": 0.9}, "pseudo_selection needs unlabelled images: set"),
         ({"seed": -1}, "seed must be"),
     ],
 )

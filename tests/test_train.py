@@ -728,6 +728,25 @@ def test_pasting_all_of_an_image_is_the_loss_of_the_labelled_images_once_more(ti
     assert fit(e).history["value"][0] != pytest.approx(mixed.history["value"][0], rel=1e-3)
 
 
+@pytest.mark.parametrize("selection", ["cbst", "dars"])
+def test_the_selection_of_pseudo_labels_is_told_its_share_and_prior(tiny, monkeypatch, selection):
+    told, select = [], train.most_confident
+
+    def spy(confidence, label, classes, share, prior, order):
+        told.append((classes, share, prior, order.sort().values.tolist() == [*range(label.numel())]))
+        return select(confidence, label, classes, share, prior, order)
+
+    monkeypatch.setattr(train, "most_confident", spy)
+    run = fit(tiny(ema_decay=0.5, labelled_images=3, pseudo_selection=selection, pseudo_share=0.5))
+    assert [share for _, share, _, _ in told] == pytest.approx([0.5 * (0.4 + 0.6 * i / 4) for i in range(4)])
+    for classes, _, prior, permuted in told:
+        assert classes == 4
+        assert permuted
+        assert (prior is None) is (selection == "cbst")
+        if prior is not None:
+            torch.testing.assert_close(prior, run.counts().pixel_share().float())
+
+
 def test_labels_of_a_target_are_not_for_training(tiny):
     e = tiny(ema_decay=0.5, target={}, method="balanced_bound", hyper={"split": "val"})
     with pytest.raises(UserError, match="balanced_bound learns from labels of the split 'val', and a target has none"):

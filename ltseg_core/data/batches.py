@@ -45,15 +45,23 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
     return Batch(image, torch.stack([pad(label, IGNORE_INDEX) for _, label in items]), sizes)
 
 
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the whole key only (splitmix-style hash of its integers)."""
+def unlabelled(batch: Batch) -> Batch:
+    """The batch without what its labels say: 0 inside the images, 255 in the padding."""
+    height, width = (size.view(-1, 1, 1) for size in batch.sizes.T)
+    rows, columns = (torch.arange(n, device=batch.sizes.device) for n in batch.label.shape[1:])
+    inside = (rows[:, None] < height) & (columns < width)
+    return batch._replace(label=torch.where(inside, 0, IGNORE_INDEX).to(batch.label.dtype))
+
+
+def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the whole key only (splitmix-style hash of its integers)."""
     state = 0
     for part in key:
         state = ((state ^ part) + 0x9E3779B97F4A7C15) % 2**64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         state ^= state >> 31
-    return torch.Generator().manual_seed(state % 2**63)
+    return torch.Generator(device).manual_seed(state % 2**63)
 
 
 class BatchOrder:

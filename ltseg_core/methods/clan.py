@@ -1,20 +1,21 @@
 """CLAN: category-level adversaries for domain adaptation (Luo et al., CVPR 2019), a system that BLV compares with.
 
-Two classifiers read one decoder; the prediction is the softmax of the sum of their logits, p = softmax(z_1 + z_2). A
-discriminator D sees p and learns whether the image had labels; the network learns to make images without labels look
-to D as if they had some, most where the classifiers disagree, which are kept apart by the cosine of their weights:
+Two classifiers read the same features; the prediction is the softmax of the sum of their logits, p = softmax(z_1 +
+z_2). A discriminator D sees p and learns whether the image had labels; the network learns to make images without labels
+look to D as if they had some, most where the classifiers disagree, which the cosine of their weights keeps apart:
 
     L       = CE(z_1) + CE(z_2) + d (lambda_weight cos(w_1, w_2) + lambda_adv L_adv)
     L_adv   = -1/|U| sum_u (eps + lambda_local M_u) log(1 - D_u),  M_u = 1 - cos(softmax(z_1u), softmax(z_2u))
     L_D     = -1/|S| sum_s log(1 - D_s) - 1/|U| sum_u (eps + lambda_local M_u) log D_u
 
-S, U: pixels of the images with and without labels; D_u in (0, 1): how sure D is that there were none.
+S, U: pixels of the images with and without labels; D_u in (0, 1): how sure D is that there were none. L_D leaves the
+network as it is and L_adv the discriminator; that pixels agree more, so that M_u falls, is part of L_adv.
 """
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ from torch.func import functional_call
 from ltseg_core.config import UserError
 from ltseg_core.losses import _require, _wide, cross_entropy
 from ltseg_core.methods.base import Alignment, Stage, checked
-from ltseg_core.methods.medoe import ExpertOutput, Experts
-from ltseg_core.models import SegmentationNetwork
+from ltseg_core.methods.medoe import ExpertOutput
+from ltseg_core.models import SegmentationNetwork, reinitialise
 from ltseg_core.stats import ClassCounts
 
 
@@ -44,16 +45,19 @@ def build(
 ) -> list[Stage]:
     """Training of the network, its second classifier and the discriminator, in one stage.
 
-    lambda_weight: weight of the cosine of the two classifiers' weights, lambda_adv: of the adversarial loss
+    lambda_weight: weight of the cosine of the two classifiers' weights (the code doubles it), lambda_adv: of the
+        adversarial loss
     lambda_local, epsilon: how a pixel's disagreement weighs in it; 40 in the code for GTA5, 10 for SYNTHIA and in the
         paper
     preheat: share of the steps in which every pixel weighs 1 in it, of the code
     damping: d falls from 1 to 0 over the steps, as in the code; else it is 1
-    discriminator_lr: learning rate of the discriminator over that of the decoder; 0.4 in the code, with Adam for it and
-        SGD for the network. Differs: both are trained by the experiment's optimiser, from one loss
+    discriminator_lr: learning rate of the discriminator over that of the decoder; in the code 0.04 of the classifiers'
+        and 0.4 of the encoder's, with Adam for it and SGD for the network. Differs: the experiment's optimiser for all
     The images without labels are the experiment's, of its `target` or those beyond `labelled_images`. The EMA teacher
     is what is evaluated, as of every method; `unlabelled_weight` 0 leaves out its pseudo-labels, which CLAN lacks.
-    Differs: one cross-entropy with pixels of equal weight (the code: focal), so that the base is that of the others.
+    Differs: two linear classifiers on one decoder (the code: two whole ASPP modules), which see the same dropout;
+    cross-entropy with pixels of equal weight (the code: focal), so that the base is that of the others; what the
+    augmentation leaves black around an image counts as part of it.
     Raises UserError for a value out of range.
     """
     for name, value in {
@@ -67,7 +71,7 @@ def build(
     _require("preheat", preheat, 0 <= preheat <= 1, "in [0, 1]")
     learner = TwoClassifiers(network)
     align = CategoryAlignment(
-        learner.classifiers(),
+        (network.classifier, learner.second),
         counts.num_classes,
         weights=(lambda_weight, lambda_adv),
         lambda_local=lambda_local,
@@ -84,14 +88,15 @@ class TwoClassifiers(nn.Module):
 
     def __init__(self, network: SegmentationNetwork) -> None:
         super().__init__()
-        self.experts = Experts(network, 2, share="decoder", shared_gradient="all")
-
-    def classifiers(self) -> tuple[Any, Any]:
-        return self.experts.base.classifier, self.experts.others[0].classifier
+        self.network, self.second = network, copy.deepcopy(network.classifier)
+        reinitialise(self.second)
 
     def forward(self, image: Tensor) -> ExpertOutput:
-        output = self.experts(image)
-        return output._replace(logits=output.experts[0] + output.experts[1])
+        network = self.network
+        features, auxiliary = network.decode_with_auxiliary(network.encode(image), image)
+        seen = network.dropout(features)
+        first, second = (network.resize(classifier(seen), image) for classifier in (network.classifier, self.second))
+        return ExpertOutput(features, first + second, (first, second), auxiliary)
 
 
 class SumOfCrossEntropies(nn.Module):
@@ -134,7 +139,7 @@ class CategoryAlignment(Alignment):
 
     def forward(self, labelled: ExpertOutput, unlabelled: ExpertOutput) -> Tensor:
         source, target = (_wide(output.logits).softmax(1) for output in (labelled, unlabelled))
-        first, second = (_wide(z).detach().softmax(1) for z in unlabelled.experts)
+        first, second = (_wide(z).softmax(1) for z in unlabelled.experts)
         weight = self.epsilon + self.lambda_local * (1 - F.cosine_similarity(first, second, dim=1))
         if self.progress < self.preheat:
             weight = torch.ones_like(weight)
@@ -142,7 +147,7 @@ class CategoryAlignment(Alignment):
         fooled = (weight * F.softplus(self._judge(target, frozen))).mean()
         told_apart = (
             F.softplus(self._judge(source.detach())).mean()
-            + (weight * F.softplus(-self._judge(target.detach()))).mean()
+            + (weight.detach() * F.softplus(-self._judge(target.detach()))).mean()
         )
         w1, w2 = (_flat(classifier) for classifier in self.classifiers)
         damping = 1 - self.progress if self.damping else 1.0
@@ -157,7 +162,7 @@ class CategoryAlignment(Alignment):
                 " them five times"
             )
         judged = self.discriminator(p) if parameters is None else functional_call(self.discriminator, parameters, p)
-        return F.interpolate(judged, p.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
+        return F.interpolate(_wide(judged), p.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
 
 
 def discriminator(num_classes: int, width: int = 64) -> nn.Sequential:

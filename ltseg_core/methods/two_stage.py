@@ -8,8 +8,7 @@ A stage with share 0 takes no optimiser step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -142,7 +141,8 @@ def ncm(
     classifier = NearestMean(network.feature_channels, classes, distance)
 
     def prepare(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        classifier.set_means(*class_means(network, batches, classes, labels=labels))
+        means, pixels = class_means(network, batches, classes, labels=labels)
+        classifier.set_means(means, pixels > 0)
 
     network.classifier = classifier
     return [untrained("ncm", network, counts, prepare)]
@@ -152,16 +152,17 @@ def ncm(
 def tde(network: SegmentationNetwork, counts: ClassCounts, *, alpha: float = 1.0) -> list[Stage]:
     """De-confounded TDE: what the mean direction of the features gives is taken off (Tang et al., NeurIPS 2020).
 
-    d = m / |m|, m the mean feature of the training images; see `Deconfounded` for alpha, 0 of which changes nothing.
-    Differs: the authors train with a normalised classifier of several heads, and m is a moving average over the
-    training; here both are of the finished network, linear or cosine. They keep the background as it was, which a
-    segmentation need not have. Raises UserError for an alpha that is not finite.
+    d = m / |m|, m the mean feature of the labelled training pixels; see `Deconfounded` for alpha, 0 of which changes
+    nothing. Differs: the authors train with a normalised classifier of several heads, and m is a moving average over
+    the training; here both are of the finished network, linear or cosine. In their detectors the background is left
+    out of m and keeps its score; a segmentation need not have one. Raises UserError for an alpha that is not finite.
     """
     _require("alpha", alpha, True, "finite")
     classifier = Deconfounded(network.classifier, alpha)
 
     def prepare(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        classifier.direction.copy_(F.normalize(mean_feature(network, batches), dim=0).view(-1, 1, 1))
+        means, pixels = class_means(network, batches, classifier.out_channels)
+        classifier.direction.copy_(F.normalize(pixels @ means, dim=0).view(-1, 1, 1))
 
     network.classifier = classifier
     return [untrained("tde", network, counts, prepare)]
@@ -169,7 +170,7 @@ def tde(network: SegmentationNetwork, counts: ClassCounts, *, alpha: float = 1.0
 
 class Deconfounded(nn.Module):
     """W (x - alpha d d.x) + b, or for a cosine classifier s w_k/|w_k| . (v - alpha d d.v) with v = x / |x|, which is
-    the total direct effect of the paper's Eq. 8 with one head.
+    the paper's total direct effect with one head, and without the small constant that it adds to |w_k|.
 
     direction: d, (D, 1, 1), of length 1
     """
@@ -259,49 +260,27 @@ def class_means(
     labels: "exact" takes the features at each pixel, as if they were brought to the size of the image like the
         logits, without computing them there: the labels go through the transposed interpolation instead;
         "nearest" takes the label nearest to each position of the features, and loses objects smaller than that.
-    Returns the means (C, D), 0 for a class that has none, and which classes have one (C,), both on the CPU.
+    Returns the means (C, D), 0 for a class that has none, and the pixels that each is the mean of (C,), on the CPU.
     Raises UserError if no pixel is labelled.
     """
-    sums: Tensor | float = 0.0
-    sizes = torch.zeros(num_classes, dtype=torch.float64)
-    with evaluating(network):
-        for image, target in batches:
-            features = network.features(image)
-            low = features.new_zeros(len(image), num_classes, *features.shape[-2:])
-            if labels == "nearest":
-                share = one_hot(nearest_labels(target, features, network.stride), low)
-            else:
-                share = transposed_resize(network, image, target, low)
-            sums = sums + torch.einsum("bchw,bdhw->cd", share, features).cpu().double()
-            sizes += share.sum((0, 2, 3)).cpu().double()
-    if isinstance(sums, float) or not sizes.any():
-        raise UserError("no pixel of the training images has a label: nearest class means need labelled images")
-    seen = sizes > 0
-    return sums / sizes.where(seen, torch.ones(())).unsqueeze(1), seen
-
-
-@torch.no_grad()
-def mean_feature(network: SegmentationNetwork, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mean over all positions of the images of `batches`, (D,) float64 on the CPU, the network in evaluation mode."""
-    total, positions = torch.zeros(network.feature_channels, dtype=torch.float64), 0
-    with evaluating(network):
-        for image, _ in batches:
-            features = network.features(image)
-            total += features.sum((0, 2, 3)).cpu().double()
-            positions += features[:, 0].numel()
-    return total / positions
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, afterwards that of every module before."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    sums: Tensor | float = 0.0
+    sizes = torch.zeros(num_classes, dtype=torch.float64)
+    for image, target in batches:
+        features = network.features(image)
+        low = features.new_zeros(len(image), num_classes, *features.shape[-2:])
+        if labels == "nearest":
+            share = one_hot(nearest_labels(target, features, network.stride), low)
+        else:
+            share = transposed_resize(network, image, target, low)
+        sums = sums + torch.einsum("bchw,bdhw->cd", share, features).cpu().double()
+        sizes += share.sum((0, 2, 3)).cpu().double()
+    for module, mode in modes.items():
+        module.training = mode
+    if isinstance(sums, float) or not sizes.any():
+        raise UserError("no pixel of the training images has a label: nearest class means need labelled images")
+    return sums / sizes.where(sizes > 0, torch.ones(())).unsqueeze(1), sizes
 
 
 def nearest_labels(target: Tensor, features: Tensor, stride: int) -> Tensor:
