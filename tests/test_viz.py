@@ -72,6 +72,7 @@ def test_every_method_looks_different_and_always_the_same() -> None:
     assert len({look.colour for look in looks}) == len(looks)
     assert len({(look.marker, look.line) for look in looks}) == len(looks)  # told apart without colour
     assert len({(look.hatch, look.line) for look in looks}) == len(looks)
+    assert max(luminance(look.colour) for look in looks) < 0.8  # seen on white
     assert viz.method_colour("ce") == "#333333"
     assert viz.method_colour("balanced_softmax") == "#e69f00"
     assert viz.method_colour("blv") == "#0072b2"

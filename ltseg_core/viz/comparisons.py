@@ -18,7 +18,7 @@ from ltseg_core.viz.look import (
     HOLLOW,
     KIND_LABELS,
     METRIC_LABELS,
-    _shaded,
+    _mixed,
     _styled,
     method_style,
     subplots,
@@ -124,7 +124,7 @@ def plot_deltas(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
         rows = table[(table["method"] == method) & (table["metric"] == metric)].set_index("class_id")
         rows = rows.reindex(classes.index)
         sure = (rows["low"] > 0) | (rows["high"] < 0)
-        faces = [look.colour if s else _shaded(look.colour, 0.7) for s in sure]
+        faces = [look.colour if s else _mixed(look.colour, 255, 0.7) for s in sure]
         many = len(x) > 40
         ax.bar(x, rows["value"], color=faces, edgecolor=look.colour, linewidth=0 if many else 0.6, width=0.8)
         ax.vlines(x, rows["low"], rows["high"], color="0.5" if many else "0.15", linewidth=0.5 if many else 0.9)
@@ -157,7 +157,7 @@ def plot_delta_map(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.nd
     axes = _panels(axes, (1, len(metrics)), height=0.6 + 0.21 * len(methods))[0]
     limit = 100 * max(table["value"].abs().max(), 1e-3)
     scale = FuncNorm((lambda v: np.sign(v) * np.abs(v) ** 0.5, lambda v: np.sign(v) * v**2), -limit, limit)
-    colours = LinearSegmentedColormap.from_list("change", [_shaded(_HUES[2], -0.5), "#ffffff", _HUES[1]])
+    colours = LinearSegmentedColormap.from_list("change", [_mixed(_HUES[2], 0, 0.5), "#ffffff", _HUES[1]])
     for ax, metric in zip(axes, metrics, strict=True):
         rows = table[table["metric"] == metric].set_index(["method", "class_id"])
         value, low, high = (100 * rows[c].unstack().loc[methods, classes.index].to_numpy() for c in _INTERVAL)

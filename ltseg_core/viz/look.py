@@ -91,6 +91,7 @@ KIND_LABELS = {"pearson": "raw counts", "pearson log": "log counts", "spearman":
 METRIC_LABELS = {"iou": "IoU", "acc": "Acc", "miou": "mIoU", "macc": "mAcc", "pixel_acc": "pixel Acc"}
 
 _HUES = ("#333333", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#9a7d5a")  # Okabe-Ito
+_SHADES = ((0, 0.0), (255, 0.35), (0, 0.4), (128, 0.55))  # a grey and its share: as it is, lighter, darker, duller
 _MARKERS = "osD^vPXphd*<>8"
 _INTERVAL = ["value", "low", "high"]
 _LINES = ((0, ()), (0, (5, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
@@ -123,7 +124,7 @@ def method_style(name: str) -> MethodStyle:
     colour = known.index(method) if method in known else place
     hue, shade = colour % len(_HUES), colour // len(_HUES)
     return MethodStyle(
-        _shaded(_HUES[hue], (0.0, 0.45, -0.4, 0.68)[shade % 4]),
+        _mixed(_HUES[hue], *_SHADES[shade % len(_SHADES)]),
         _MARKERS[place % len(_MARKERS)],
         _LINES[place % len(_LINES)],
         _HATCHES[place % len(_HATCHES)],
@@ -136,11 +137,10 @@ def method_colour(name: str) -> str:
     return method_style(name).colour
 
 
-def _shaded(colour: str, amount: float) -> str:
-    """`colour` mixed with white (amount > 0) or black (amount < 0)."""
-    target = 255 if amount > 0 else 0
+def _mixed(colour: str, grey: int, amount: float) -> str:
+    """`colour` with a share of a grey, 0 black to 255 white."""
     channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(c + abs(amount) * (target - c)):02x}" for c in channels)
+    return "#" + "".join(f"{round(c + amount * (grey - c)):02x}" for c in channels)
 
 
 @contextmanager
