@@ -728,6 +728,25 @@ def test_pasting_all_of_an_image_is_the_loss_of_the_labelled_images_once_more(ti
     assert fit(e).history["value"][0] != pytest.approx(mixed.history["value"][0], rel=1e-3)
 
 
+def test_the_padding_of_a_smaller_image_gets_no_pseudo_label(tiny, tmp_path, monkeypatch):
+    e = tiny(ema_decay=0.5, labelled_images=2, batch_size=4, scale_range=(1, 1), steps=2)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(e.dataset, mixed)
+    for path in (*mixed.glob("train/images/*.png"), *mixed.glob("train/labels/*.png")):
+        if int(path.stem) % 2:
+            Image.open(path).crop((0, 0, 40, 32)).save(path)
+    seen, label = [], train.pseudo_labels
+
+    def spy(logits, inside, threshold):
+        seen.append(inside)
+        return label(logits, inside, threshold)
+
+    monkeypatch.setattr(train, "pseudo_labels", spy)
+    fit(replace(e, dataset=str(mixed)))
+    missing = torch.cat(seen).eq(255).sum((1, 2)).tolist()
+    assert set(missing) == {0, 32 * 8}, "none of a whole image, of a narrow one the last eight columns"
+
+
 @pytest.mark.parametrize("selection", ["cbst", "dars"])
 def test_the_selection_of_pseudo_labels_is_told_its_share_and_prior(tiny, monkeypatch, selection):
     told, select = [], train.most_confident
