@@ -304,10 +304,10 @@ def _method(name: str, means: Mapping[str, pd.DataFrame], texts: Mapping[str, st
     if method.first:
         command += (
             f" It starts from the finished run of ``{method.first}``, or of the method that a hyper-parameter ``first``"
-            f" names, and adds {method.length:.0%} of its steps."
+            f" names, and " + (f"adds {method.length:.0%} of its steps." if method.length else "takes no step.")
         )
     if method.unlabelled:
-        command += " It needs images without labels: set ``target`` or ``labelled_images``, and ``ema_decay``."
+        command += " It needs images without labels, e.g. ``-p labelled_images=50 -p ema_decay=0.98``."
     directive = "autoclass" if inspect.isclass(described) else "autofunction"
     signature = f"{command}\n\n.. {directive}:: {described.__module__}.{described.__qualname__}\n"
     parts = [signature, _title("Notation", "-"), _prose(module)]

@@ -742,7 +742,8 @@ def _refuse_where_forbidden(e: Experiment, runs: str | os.PathLike[str] | None) 
 def _settings(experiments: Iterable[Experiment]) -> list[Experiment]:
     """One experiment for all that share what `_refuse_bad_options` looks at."""
     decisive = (
-        "architecture", "encoder", "model_options", "method", "hyper", "target", "labelled_images", "ema_decay"
+        "architecture", "encoder", "model_options", "method", "hyper",
+        "target", "labelled_images", "ema_decay", "class_mix",
     )  # fmt: skip
     return [*dict.fromkeys(Experiment(**{name: getattr(e, name) for name in decisive}) for e in experiments)]
 

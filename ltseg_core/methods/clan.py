@@ -45,10 +45,9 @@ def build(
 ) -> list[Stage]:
     """Training of the network, its second classifier and the discriminator, in one stage.
 
-    lambda_weight: weight of the cosine of the two classifiers' weights (the code doubles it), lambda_adv: of the
-        adversarial loss
-    lambda_local, epsilon: how a pixel's disagreement weighs in it; 40 in the code for GTA5, 10 for SYNTHIA and in the
-        paper
+    lambda_weight: weight of the cosine of the two classifiers' weights, which the code doubles
+    lambda_adv: weight of the adversarial loss
+    lambda_local, epsilon: how a pixel's disagreement weighs in it; in the code 40 for GTA5, 10 for SYNTHIA
     preheat: share of the steps in which every pixel weighs 1 in it, of the code
     damping: d falls from 1 to 0 over the steps, as in the code; else it is 1
     discriminator_lr: learning rate of the discriminator over that of the decoder; in the code 0.04 of the classifiers'
