@@ -578,7 +578,7 @@ def evaluation_set(
     """
     e, dataset = experiment, _held_out(experiment, split, data_root)
     if e.eval_images is not None and e.eval_images < len(dataset):
-        dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, e.eval_images).round().astype(int).tolist())
+        dataset = dataset.evenly_spaced(e.eval_images)
     return Resized(dataset, e.size, resize_labels=False) if e.size else dataset
 
 

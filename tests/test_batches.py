@@ -203,6 +203,8 @@ def test_what_was_drawn_once_is_kept_as_long_as_the_data_set():
     held = batches.in_memory_if_small(first)
     assert batches.in_memory_if_small(again) is held
     assert torch.equal(held[3][0], first[3][0])
+    assert first.evenly_spaced(3) is again.evenly_spaced(3)
+    assert first.evenly_spaced(3).names == [first.names[i] for i in (0, 4, 7)]
     short = Subset(first, [0, 1])
     batches.in_memory_if_small(short)
     gc.collect()  # what other tests left

@@ -46,6 +46,15 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         image, label = self.sample(index)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
 
+    def evenly_spaced(self, images: int) -> SegmentationDataset:
+        """That many of its images, from the first to the last; the same object each time, so that what was decoded for
+        one run serves the next.
+        """
+        kept: dict[int, Subset] = self.__dict__.setdefault("_evenly_spaced", {})
+        if images not in kept:
+            kept[images] = Subset(self, np.linspace(0, len(self) - 1, images).round().astype(int).tolist())
+        return kept[images]
+
 
 class Resized(SegmentationDataset):
     """`dataset` with images, and labels if `resize_labels`, brought to `size` = (height, width) pixels.
