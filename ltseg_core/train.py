@@ -658,7 +658,7 @@ def build_optimizer(learner: Learner, e: Experiment) -> torch.optim.Optimizer:
         part = "align" if name.startswith("align.") else "encoder" if ".encoder." in f".{name}" else "decoder"
         if parameter.requires_grad:
             parts[part].append(parameter)
-    groups = [{"params": own, "peak": e.lr * factors[part]} for part, own in parts.items()]
+    groups = [{"params": own, "peak": e.lr * factors[part], "part": part} for part, own in parts.items()]
     if e.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay, fused=True)
     return torch.optim.AdamW(groups, lr=e.lr, weight_decay=e.weight_decay, fused=True)
@@ -695,8 +695,9 @@ def optimise(
         loss = learner(image, target, pseudo)
     loss.backward()
     if e.clip_norm is not None:
-        for own in optimizer.param_groups[:2], optimizer.param_groups[2:]:  # an alignment apart from the network
-            nn.utils.clip_grad_norm_([p for group in own for p in group["params"]], e.clip_norm)
+        for apart in (False, True):  # an alignment has a norm of its own
+            own = [group["params"] for group in optimizer.param_groups if (group["part"] == "align") is apart]
+            nn.utils.clip_grad_norm_([p for params in own for p in params], e.clip_norm)
     optimizer.step()
     return loss.detach()
 

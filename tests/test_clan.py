@@ -46,7 +46,7 @@ def of_network(align, others):
     sure = F.interpolate(judged, SIZE, mode="bilinear").sigmoid()[:, 0]
     p1, p2 = (z.softmax(1) for z in others.experts)
     weight = align.epsilon + align.lambda_local * (1 - F.cosine_similarity(p1, p2, dim=1))
-    return -align.weights[1] * (weight * (1 - sure).log()).mean()
+    return -align.lambda_adv * (weight * (1 - sure).log()).mean()
 
 
 @pytest.mark.parametrize(("progress", "damping"), [(0.0, True), (0.3, True), (0.3, False)])

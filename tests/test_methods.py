@@ -100,8 +100,7 @@ def operators(name, options, *, classes, images):
     numbers = []
     for stage in build_method(name, network, counts, options):
         stage.criterion.train()
-        number = 2 if name == "clan" else len(getattr(stage.criterion, "labels", experts))
-        given = experts[:number]  # MEDOE's experts may learn in turn
+        given = experts[: len(getattr(stage.criterion, "labels", experts))]  # MEDOE's experts may learn in turn
         output = ExpertOutput(features, experts[0], given)
         with Operators() as seen:
             loss = stage.criterion(output, target)

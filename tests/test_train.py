@@ -336,6 +336,8 @@ def test_a_second_stage_is_refused_before_the_first_is_trained(tiny, tmp_path, m
         ({"method": "medoe", "hyper": {"head_share": 1.5}}, "head_share must be in"),
         ({"method": "tau_norm", "model_options": {"classifier": "cosine"}}, "tau_norm needs a linear classifier"),
         ({"encoder": "resnet19"}, "did you mean 'resnet18'"),
+        ({"method": "clan"}, "clan learns from images without labels, too"),
+        ({"method": "clan", "labelled_images": 3, "ema_decay": 0.5, "class_mix": True}, "class_mix would paste"),
     ],
     ids=lambda value: value.get("method", "encoder") if isinstance(value, dict) else "",
 )

@@ -28,8 +28,8 @@ METHODS: dict[str, Method] = {
     "undersampling": Method(two_stage.undersampling),
     "repeat_factor": Method(two_stage.repeat_factor),
     "region_rebalance": Method(region_rebalance.build),
-    "medoe": Method(medoe.build),
-    "clan": Method(clan.build, unlabelled=True),
+    "medoe": Method(medoe.build, plain=False),
+    "clan": Method(clan.build, unlabelled=True, plain=False),
     # on the finished run of the same seed: of cross-entropy, or of the method that `first` names (`start_and_options`)
     "disalign": Method(disalign.disalign, first="ce", length=0.25),
     "crt": Method(two_stage.crt, first="ce", length=0.25),
@@ -55,7 +55,7 @@ def start_and_options(name: str, hyper: Mapping[str, Any]) -> tuple[str | None, 
     if usual is None:
         return None, dict(hyper)
     options = canonical(f"hyper-parameter of {name}", hyper, ["first", *option_names(build)])
-    plain = [other for other, m in METHODS.items() if m.first is None and other not in ("medoe", "clan")]
+    plain = [other for other, method in METHODS.items() if method.first is None and method.plain]
     return choose("first method", options.pop("first", usual), plain), options
 
 

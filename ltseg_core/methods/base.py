@@ -64,12 +64,14 @@ class Method:
             hyper-parameter `first` names another (which has its default hyper-parameters); None: from scratch
     length: steps of the method's own stages, as a share of the experiment's
     unlabelled: whether it needs images without labels
+    plain:  whether it leaves the network as it was built, so that others can start from its run
     """
 
     build: Callable[..., list[Stage]]
     first: str | None = None
     length: float = 1.0
     unlabelled: bool = False
+    plain: bool = True
 
 
 def checked(build: Callable[P, list[Stage]]) -> Callable[P, list[Stage]]:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ltseg_core.config import UserError
-from ltseg_core.losses import _require, _wide, cross_entropy
+from ltseg_core.losses import _require, _wide
 from ltseg_core.methods.base import Alignment, Stage, checked
-from ltseg_core.methods.medoe import ExpertOutput
+from ltseg_core.methods.medoe import ExpertCriterion, ExpertOutput
 from ltseg_core.models import SegmentationNetwork, reinitialise
 from ltseg_core.stats import ClassCounts
 
@@ -72,14 +72,17 @@ def build(
     align = CategoryAlignment(
         (network.classifier, learner.second),
         counts.num_classes,
-        weights=(lambda_weight, lambda_adv),
+        lambda_weight=lambda_weight,
+        lambda_adv=lambda_adv,
         lambda_local=lambda_local,
         epsilon=epsilon,
         preheat=preheat,
         damping=damping,
     )
     align.lr_factor = discriminator_lr
-    return [Stage("clan", learner, SumOfCrossEntropies(network.auxiliary_weight), align=align)]
+    every = torch.ones(2, counts.num_classes, dtype=torch.bool)  # both learn all classes
+    criterion = ExpertCriterion(every, counts, alpha=0.0, auxiliary_weight=network.auxiliary_weight)
+    return [Stage("clan", learner, criterion, align=align)]
 
 
 class TwoClassifiers(nn.Module):
@@ -98,25 +101,11 @@ class TwoClassifiers(nn.Module):
         return ExpertOutput(features, first + second, (first, second), auxiliary)
 
 
-class SumOfCrossEntropies(nn.Module):
-    """CE(z_1) + CE(z_2), plus `auxiliary_weight` x that of the auxiliary logits where there are any."""
-
-    def __init__(self, auxiliary_weight: float = 0.0) -> None:
-        super().__init__()
-        self.auxiliary_weight = auxiliary_weight
-
-    def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
-        loss = torch.stack([cross_entropy(z, target) for z in output.experts]).sum()
-        if output.auxiliary is None:
-            return loss
-        return loss + self.auxiliary_weight * cross_entropy(output.auxiliary, target)
-
-
 class CategoryAlignment(Alignment):
     """d (lambda_weight cos(w_1, w_2) + lambda_adv L_adv) + L_D, where no gradient of L_adv reaches D, and none of L_D
     the network, so that one backward pass does the two steps of the authors' code.
 
-    classifiers: the two, whose weights w (and biases) are compared; weights: lambda_weight, lambda_adv
+    classifiers: the two, whose weights w (and biases) are compared; the others as in `build`
     """
 
     def __init__(
@@ -124,7 +113,8 @@ class CategoryAlignment(Alignment):
         classifiers: tuple[nn.Module, nn.Module],
         num_classes: int,
         *,
-        weights: tuple[float, float],
+        lambda_weight: float,
+        lambda_adv: float,
         lambda_local: float,
         epsilon: float,
         preheat: float,
@@ -132,7 +122,8 @@ class CategoryAlignment(Alignment):
     ) -> None:
         super().__init__()
         self.classifiers = classifiers  # in a tuple, as they belong to the network
-        self.weights, self.lambda_local, self.epsilon = weights, lambda_local, epsilon
+        self.lambda_weight, self.lambda_adv = lambda_weight, lambda_adv
+        self.lambda_local, self.epsilon = lambda_local, epsilon
         self.preheat, self.damping = preheat, damping
         self.discriminator = discriminator(num_classes)
 
@@ -150,7 +141,7 @@ class CategoryAlignment(Alignment):
         )
         w1, w2 = (_flat(classifier) for classifier in self.classifiers)
         damping = 1 - self.progress if self.damping else 1.0
-        pulled = self.weights[0] * F.cosine_similarity(w1, w2, dim=0) + self.weights[1] * fooled
+        pulled = self.lambda_weight * F.cosine_similarity(w1, w2, dim=0) + self.lambda_adv * fooled
         return damping * pulled + told_apart
 
     def _judge(self, p: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
