@@ -80,6 +80,7 @@ def fit(
     if run := results.find(experiment, runs):
         return run
     _check_options(experiment)
+    _refuse_wrong_images(experiment)
     tracker = _check_tracker(tracker)
     _refuse_where_forbidden(experiment, runs)
 
@@ -136,6 +137,7 @@ def fit_all(
         missing = [e for e in missing if e not in found]
     for e in missing:
         _check_options(e)
+        _refuse_wrong_images(e)
         _refuse_where_forbidden(e, runs)
     settings = _settings(missing)
     if _launched():
@@ -718,15 +720,19 @@ def _first(e: Experiment) -> Experiment | None:
 
 
 def _check_options(e: Experiment) -> dict[str, Any]:
-    """The hyper-parameters but `first`, of known names and types. Raises UserError, too, where the method lacks images
-    without labels, or would find labelled pixels in them.
-    """
+    """The hyper-parameters but `first`, of known names and types."""
     _, options = start_and_options(e.method, e.hyper)
-    if METHODS[e.method].unlabelled and e.target is None and e.labelled_images is None:
-        raise UserError(f"{e.method} learns from images without labels, too: set target or labelled_images")
-    if METHODS[e.method].unlabelled and e.class_mix:
-        raise UserError(f"class_mix would paste labelled pixels into what {e.method} takes for images without labels")
     return check_options(f"hyper-parameter of {e.method}", options, LOSSES.get(e.method) or METHODS[e.method].build)
+
+
+def _refuse_wrong_images(e: Experiment) -> None:
+    """A method that learns from images without labels needs some, and no labelled pixels in them."""
+    if not METHODS[e.method].unlabelled:
+        return
+    if e.target is None and e.labelled_images is None:
+        raise UserError(f"{e.method} learns from images without labels, too: set target or labelled_images")
+    if e.class_mix:
+        raise UserError(f"class_mix would paste labelled pixels into what {e.method} takes for images without labels")
 
 
 def _refuse_where_forbidden(e: Experiment, runs: str | os.PathLike[str] | None) -> None:
@@ -742,10 +748,7 @@ def _refuse_where_forbidden(e: Experiment, runs: str | os.PathLike[str] | None) 
 
 def _settings(experiments: Iterable[Experiment]) -> list[Experiment]:
     """One experiment for all that share what `_refuse_bad_options` looks at."""
-    decisive = (
-        "architecture", "encoder", "model_options", "method", "hyper",
-        "target", "labelled_images", "ema_decay", "class_mix",
-    )  # fmt: skip
+    decisive = ("architecture", "encoder", "model_options", "method", "hyper", "target", "ema_decay")
     return [*dict.fromkeys(Experiment(**{name: getattr(e, name) for name in decisive}) for e in experiments)]
 
 

@@ -56,11 +56,6 @@ def tiny(folder):
     return experiment
 
 
-def needed(method):
-    """What an experiment needs for its images without labels, of a method that learns from some."""
-    return {"labelled_images": 3, "ema_decay": 0.9} if METHODS[method].unlabelled else {}
-
-
 def weights(run):
     return load_file(run.path / "model.safetensors")
 
@@ -354,7 +349,7 @@ def test_fit_all_refuses_one_before_it_trains_another(tiny, tmp_path, bad, messa
     ids=str,
 )
 def test_what_may_suit_the_data_is_not_refused_before_they_are_read(tiny, method, hyper):
-    train._refuse_bad_options(tiny(method=method, hyper=hyper, **needed(method)))
+    train._refuse_bad_options(tiny(method=method, hyper=hyper))
 
 
 def test_experiments_that_differ_in_seed_or_data_only_are_checked_once(tiny):
