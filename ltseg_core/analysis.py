@@ -15,7 +15,7 @@ from torch import nn
 from ltseg_core import evaluate, metrics, stats
 from ltseg_core.config import Experiment, UserError, choose, data_root
 from ltseg_core.data.base import SegmentationDataset
-from ltseg_core.results import Run
+from ltseg_core.results import Run, kept
 
 Verdict = Literal["supported", "contradicted", "open"]
 Direction = Literal["positive", "negative", "equal"]
@@ -36,6 +36,8 @@ PAPERS = {
     "X": "where papers disagree",
 }
 """By the letters that the IDs of their claims begin with."""
+PHOTOGRAPHS = ("camvid_cpu", "ccp_cpu")
+"""Kept studies of each paper's method on photographs (`results.kept`)."""
 CHANGING = {**PER_CLASS, "precision": metrics.precision}
 CLASS_SCORES: dict[str, Callable[[Any], Any]] = {**CHANGING, "fp_per_tp": partial(metrics.fp_per_tp, classes=[0])}
 """Of counts of a single class."""
@@ -135,7 +137,7 @@ def means(
     """Means of every method, or their paired differences to `baseline`: method, metric, value, low, high, seeds.
 
     metric: miou, macc, the same by group (`tail iou`), pixel_acc, over the classes with labelled pixels
-    (`group_score`); 95 % intervals as in `metrics.interval`.
+    (`group_score`); 95 % intervals as in `metrics.interval`, those of a score itself cut off at 0 and 1.
     groups: C names; None takes `stats.groups` by share of the pixels
     Raises UserError for runs that cannot be compared (`by_method`), and if there is nothing beside the baseline.
     """
@@ -165,15 +167,15 @@ def class_scores(runs: Iterable[Run], class_id: int, *, split: str = "test", rep
 
     metric: iou, acc, precision, fp_per_tp; NaN where 0/0, and fp_per_tp also where no pixel of the class is found.
     seeds: those that have the score, over which it is a mean
-    Intervals as in `metrics.interval`. Raises UserError for runs that cannot be compared (`by_method`).
+    Intervals as in `means`. Raises UserError for runs that cannot be compared (`by_method`).
     """
     rows = []
     for method, group in by_method(runs).items():
         of_class = (m[..., [class_id]] for m in metrics.marginals(counts_of(group, split)))
         drawn = metrics.resample(metrics.Marginals(*of_class), replicates=replicates)
         for name, score in CLASS_SCORES.items():
-            limits, seeds = np.ravel(metrics.interval(drawn, score)), np.isfinite(score(drawn.seeds)).sum()
-            rows.append((method, name, *limits.tolist(), int(seeds)))
+            limits = np.clip(np.ravel(metrics.interval(drawn, score)), 0, np.inf if name == "fp_per_tp" else 1)
+            rows.append((method, name, *limits.tolist(), int(np.isfinite(score(drawn.seeds)).sum())))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
 
@@ -187,13 +189,19 @@ def _compared(
     table = by_method(runs)
     if baseline is None:
         for method, group in table.items():
-            yield method, group, partial(metrics.interval, _resampled(group, split, replicates))
+            yield method, group, partial(_level, _resampled(group, split, replicates))
         return
     reference = _resampled(_reference(table, baseline), split, replicates)
     for method, group in table.items():
         own = _resampled(group, split, replicates)
         _check_labels(method, own.seeds, baseline, reference.seeds)
         yield method, group, partial(metrics.paired_interval, own, reference)
+
+
+def _level(drawn: metrics.Resampled, score: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """`metrics.interval` of a fraction, cut off at 0 and 1, which Student's t over a few seeds does not know."""
+    value, low, high = metrics.interval(drawn, score)
+    return value, np.maximum(low, 0), np.minimum(high, 1)
 
 
 def _check_labels(a: str, x: metrics.Marginals, b: str, y: metrics.Marginals) -> None:
@@ -442,7 +450,7 @@ def verdict(low: float, high: float, expected: Direction, *, margin: float = 0.0
     """Whether a 95 % interval of a difference supports a claimed direction.
 
     positive, negative: `supported` if the whole interval lies beyond `margin` on the claimed side, `contradicted` if
-           it lies beyond 0 on the other side
+           none of it does, that is, if it ends before `margin`
     equal: `supported` if it lies within -margin and margin, `contradicted` if it lies outside
     Otherwise `open`; so are NaN limits (a single seed and image).
     Raises ValueError for limits in the wrong order, another direction, a negative margin, and `equal` without one.
@@ -461,7 +469,7 @@ def verdict(low: float, high: float, expected: Direction, *, margin: float = 0.0
         low, high = -high, -low
     if low > margin:
         return "supported"
-    return "contradicted" if high < 0 else "open"
+    return "contradicted" if high < margin else "open"
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
@@ -550,6 +558,29 @@ def judge(
         found = "; ".join(text for text, _ in results)
         rows.append((claim, *known.loc[claim, ["statement", "published"]], found, overall(v for _, v in results)))
     return pd.DataFrame(rows, columns=["claim", "statement", "published", "found", "verdict"]).set_index("claim")
+
+
+def judge_on_photographs(
+    tests: Mapping[str, Sequence[Comparison | Measured | Exact | Majority] | str], *, besides: str = ""
+) -> pd.DataFrame:
+    """`judge` on the kept runs on CamVid and CCP, for the claims that only compare methods run there; a column data.
+
+    A method stands for the setting with which it was run there (on CamVid, MEDOE has two experts).
+    besides: a data set to leave out, the one whose own runs are judged
+    """
+    tables = []
+    for study in PHOTOGRAPHS:
+        runs = kept(study)
+        setting = {run.experiment.method: label(run) for run in runs}
+        if (name := runs[0].experiment.dataset) == besides:
+            continue
+        own = {}
+        for claim, parts in tests.items():
+            there = [p for p in parts if isinstance(p, Comparison) and {p.method, p.baseline} <= setting.keys()]
+            if len(there) == len(parts):
+                own[claim] = [p._replace(method=setting[p.method], baseline=setting[p.baseline]) for p in there]
+        tables.append(judge(runs, own).assign(data=name))
+    return pd.concat(tables)
 
 
 def _judge_part(

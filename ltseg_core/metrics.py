@@ -425,8 +425,29 @@ def paired_interval(
         )
     if not same_labels(x.seeds, y.seeds):
         raise ValueError("a and b differ in their labelled pixels: other images, or labels that changed since")
-    samples = metric(x.replicates) - metric(y.replicates)
-    return with_limits(metric(x.seeds) - metric(y.seeds), samples, confidence, images=x.images)
+    return contrast((1, x, metric), (-1, y, metric), confidence=confidence)
+
+
+def contrast(
+    *parts: tuple[float, Array | Marginals | Resampled, Callable[[Array | Marginals], Array]],
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[Any, Any, Any]:
+    """Sum over parts (coefficient, counts, metric) of coefficient x metric, with its interval: (value, low, high).
+
+    As `paired_interval`, the contrast of 1 and -1; e.g. the difference of two differences. The counts must come in the
+    same order of seeds and images, but may weigh their pixels differently. Raises ValueError for other numbers of them.
+    """
+    weights, scores = [a for a, _, _ in parts], [score for _, _, score in parts]
+    drawn = [resample(counts, replicates=replicates, seed=seed) for _, counts, _ in parts]
+    if len(sizes := {(len(d.seeds.tp), d.images, d.replicates.tp.shape[1]) for d in drawn}) != 1:
+        raise ValueError(f"the parts must come from the same seeds and images, got (seeds, images, replicates) {sizes}")
+    total, samples = (
+        sum(a * score(getattr(d, of)) for a, d, score in zip(weights, drawn, scores, strict=True))
+        for of in ("seeds", "replicates")
+    )
+    return with_limits(total, samples, confidence, images=drawn[0].images)
 
 
 def bootstrap(

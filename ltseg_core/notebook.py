@@ -112,11 +112,13 @@ def _own_cells(nb: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
 def text_check() -> Iterator[None]:
     """The asserts under it state what the text says of the default run: `with notebook.text_check(): assert ...`.
 
-    An AssertionError becomes a notice under the cell, and the notebook goes on: on another processor the last bits of
-    a training differ, and with them its numbers. `ltseg run` repeats the notice, and `publish` refuses the notebook.
+    Prints that they hold. An AssertionError becomes a notice under the cell, and the notebook goes on: on another
+    processor the last bits of a training differ, and with them its numbers. `ltseg run` repeats the notice, and
+    `publish` refuses the notebook.
     """
     try:
         yield
+        print("the text agrees with the tables")
     except AssertionError as error:
         from IPython.display import Markdown, display
 
@@ -135,6 +137,11 @@ def text_differs(nb: Mapping[str, Any]) -> str | None:
     return next(filter(None, notices), None)
 
 
+def _unchecked(nb: Mapping[str, Any]) -> bool:
+    """Whether a cell of an executed notebook has a `text_check` that was not entered: it would have said something."""
+    return any("text_check()" in "".join(c["source"]) and not c["outputs"] for c in nb["cells"] if "outputs" in c)
+
+
 def package_hash(package: Path = PACKAGE) -> str:
     """SHA-256 of all files of a package."""
     files = [p for p in sorted(package.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
@@ -148,7 +155,7 @@ def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     Removes what papermill added and everything that differs between two machines, counts the cells anew and
     stores the hash of the source and the seconds the execution took.
     Raises UserError if the notebook failed, was run with parameters that are not its defaults, was edited since, says
-    what its tables do not, or prints a path of this machine.
+    what its tables do not, or does not check what it says, or prints a path of this machine.
     """
     import nbformat
 
@@ -161,6 +168,10 @@ def publish(executed: str | os.PathLike[str], target: str | os.PathLike[str]) ->
         raise UserError(f"{target} was edited since {executed} was run: run it again")
     if found := text_differs(nb):
         raise UserError(f"the text of {target} was written for other numbers ({found}): correct it and run it again")
+    if _unchecked(nb):
+        raise UserError(
+            f"a text_check of {executed} was not reached with the default parameters: correct its condition"
+        )
     nb.cells = [c for c in nb.cells if not ADDED_BY_PAPERMILL.intersection(c.metadata.get("tags", []))]
     machine = [str(p) for p in (Path.cwd(), Path.home(), tempfile.gettempdir(), sys.prefix) if len(str(p)) > 1]
     for count, cell in enumerate((c for c in nb.cells if c.cell_type == "code" and c.source.strip()), start=1):
@@ -218,7 +229,9 @@ def check_published(notebook: str | os.PathLike[str]) -> str | None:
     code = [c for c in nb["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
     if stored is None or any(c.get("execution_count") is None for c in code):
         return f"{notebook} was never run and published, or its outputs were stripped"
-    return None if stored == source_hash(nb) else f"{notebook} was edited since it was run"
+    if stored != source_hash(nb):
+        return f"{notebook} was edited since it was run"
+    return f"{notebook} has a text_check that was not reached" if _unchecked(nb) else None
 
 
 def write(path: Path, text: str) -> None:

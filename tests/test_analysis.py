@@ -483,6 +483,8 @@ def test_verdict_rule():
     assert analysis.verdict(-0.2, -0.1, "negative") == "supported"
     assert analysis.verdict(-0.2, -0.1, "positive") == "contradicted"
     assert analysis.verdict(0.1, 0.2, "positive", margin=0.15) == "open"
+    assert analysis.verdict(-0.1, 0.1, "positive", margin=0.15) == "contradicted"  # not by as much as claimed
+    assert analysis.verdict(-0.1, 0.1, "negative", margin=0.15) == "contradicted"
     assert analysis.verdict(0.0, 0.2, "positive") == "open"
     assert analysis.verdict(np.nan, np.nan, "positive") == "open"
     assert analysis.verdict(-0.1, 0.1, "equal", margin=0.2) == "supported"
@@ -499,6 +501,31 @@ def test_a_claim_of_several_parts():
     assert analysis.overall(["supported", "supported"]) == "supported"
     assert analysis.overall(["supported", "open"]) == "open"
     assert analysis.overall(["supported", "open", "contradicted"]) == "contradicted"
+
+
+def test_claims_on_photographs(make_run, monkeypatch):
+    camvid = [
+        make_run(confusions(seed, better=40 * (method == "medoe")), seed=seed, method=method, dataset="camvid", **other)
+        for seed in range(2)
+        for method, other in (("ce", {}), ("medoe", {"hyper": {"shares": [0.01]}}))
+    ]
+    ccp = [make_run(confusions(0, better=40 * (m == "medoe")), method=m, dataset="ccp") for m in ("ce", "medoe")]
+    monkeypatch.setattr(analysis, "kept", {"camvid_cpu": camvid, "ccp_cpu": ccp}.__getitem__)
+    C = analysis.Comparison
+    tests = {
+        "MED-03": [C("medoe")],
+        "MED-13": [C("medoe"), C("medoe", "focal")],  # not run there
+        "MED-24": [C("medoe"), analysis.Exact("equal", True)],  # not only a comparison
+        "MED-05": "needs more",
+    }
+    table = analysis.judge_on_photographs(tests)
+    alone = analysis.judge(camvid, {"MED-03": [C("medoe shares=[0.01]")]})
+    assert table.index.tolist() == ["MED-03"] * 2
+    assert table["data"].tolist() == ["camvid", "ccp"]
+    assert table["verdict"].tolist() == ["supported", "open"]
+    pd.testing.assert_frame_equal(table[table["data"] == "camvid"].drop(columns="data"), alone)
+    assert "one seed" in table["found"].iloc[1]
+    assert analysis.judge_on_photographs(tests, besides="camvid")["data"].tolist() == ["ccp"]
 
 
 def test_judged_claims(runs, make_run):
@@ -604,6 +631,15 @@ def test_published_tables_are_carried_whole():
     assert claims.index.str.split("-").str[0].value_counts().to_dict() == {
         "RR": 26, "BLV": 27, "PAT": 20, "MED": 27, "DIS": 20, "X": 6,
     }  # fmt: skip
+
+
+def test_levels_stay_within_their_range(make_run):
+    few = [make_run(confusions(0, better=b), seed=s) for s, b in enumerate((-9, 40, 0))]
+    counts = analysis.counts_of(few)
+    free = np.array(metrics.interval(counts, metrics.acc))[1:]
+    assert free.min() < 0 or free.max() > 1, "Student's t over three seeds leaves the range"
+    cut = analysis.per_class(few).query("metric == 'acc'")[["low", "high"]].to_numpy().T
+    np.testing.assert_array_equal(cut, free.clip(0, 1))
 
 
 def test_readable_tables(runs):

@@ -336,6 +336,8 @@ def test_a_text_written_for_other_numbers_is_noticed_but_stops_nothing(folder, r
     assert "the text of 01_wrong was written for other numbers: the text says 2 > 3" in text
     assert "03_right" not in text
     assert "went on" in results["01_wrong"].executed.read_text()
+    assert "the text agrees" not in results["01_wrong"].executed.read_text()
+    assert "the text agrees" in results["03_right"].executed.read_text()
     assert run()["01_wrong"].remark == "the text says 2 > 3", "what is up to date keeps its notice"
     with pytest.raises(UserError, match="correct it and run it again"):
         publish(results["01_wrong"].executed, path)
@@ -445,6 +447,14 @@ def test_publish_strips_what_differs_between_runs_and_stores_the_hash(folder, ru
     publish(executed, path)
     assert path.read_text() == text
     assert set(states(run()).values()) == {"up to date"}  # outputs are no source
+
+    nb.cells[2].source = "if False:\n    with notebook.text_check():\n        assert text == table"
+    nb.cells[2].outputs = []
+    nb.metadata.ltseg.source_sha256 = source_hash(nb)
+    nbformat.write(nb, path)
+    assert "not reached" in check_published(path)
+    with pytest.raises(UserError, match="not reached with the default"):
+        publish(path, path)
 
     nb.cells[2].source = "1 + 2"
     nbformat.write(nb, path)

@@ -471,6 +471,24 @@ def test_paired_interval_equals_a_slow_loop(metric):
     assert isinstance(got[0], np.ndarray if metric is metrics.iou else float)
 
 
+def test_contrast_of_four_parts():
+    a, b, c = (np.random.default_rng(s).integers(1, 40, (3, 6, 4, 4)) for s in range(3))
+    parts = [(1, a, metrics.miou), (-1, b, metrics.miou), (-0.5, c, metrics.macc), (2, a, metrics.pixel_acc)]
+    value, low, high = metrics.contrast(*parts, replicates=300, confidence=0.9, seed=5)
+    drawn = stats.resampling_weights(5, 300, 6)
+    resampled = [np.einsum("rn,snij->srij", drawn, counts) for _, counts, _ in parts]
+    of_seed = sum(k * score(counts.sum(1)) for k, counts, score in parts)
+    samples = sum(k * score(counts) for (k, _, score), counts in zip(parts, resampled, strict=True)).mean(0)
+    images, seeds = np.quantile(samples, [0.05, 0.95]), metrics.seed_interval(of_seed, confidence=0.9)
+    half = (seeds[2] - seeds[1]) / 2
+    expected = of_seed.mean(), -np.hypot(of_seed.mean() - images[0], half), np.hypot(images[1] - of_seed.mean(), half)
+    np.testing.assert_allclose((value, low - value, high - value), expected, rtol=1e-9)
+    other = a[..., ::-1]  # the same labels
+    assert metrics.contrast(parts[0], (-1, other, metrics.miou)) == paired_interval(a, other)
+    with pytest.raises(ValueError, match="same seeds and images"):
+        metrics.contrast(parts[0], (1, b[:2], metrics.miou))
+
+
 def test_paired_interval_is_paired():
     """Images differ wildly in difficulty, b is a little worse on each: the difference has no spread to speak of."""
     hits = np.random.default_rng(0).integers(10, 90, (1, 40))

@@ -73,7 +73,7 @@ METHOD_LABELS = {
     "dice": "Dice",
     "dice_ce": "Dice + CE",
     "gcl": "GCL",
-    "grw_ce": "reweighted CE",
+    "grw_ce": "generalised re-weighting",
     "crt": "cRT",
     "lws": "LWS",
     "tau_norm": "tau-norm",
