@@ -577,7 +577,7 @@ def judge_on_photographs(
         own = {}
         for claim, parts in tests.items():
             there = [p for p in parts if isinstance(p, Comparison) and {p.method, p.baseline} <= setting.keys()]
-            if len(there) == len(parts):
+            if there and len(there) == len(parts):
                 own[claim] = [p._replace(method=setting[p.method], baseline=setting[p.baseline]) for p in there]
         tables.append(judge(runs, own).assign(data=name))
     return pd.concat(tables)

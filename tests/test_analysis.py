@@ -517,6 +517,7 @@ def test_claims_on_photographs(make_run, monkeypatch):
         "MED-13": [C("medoe"), C("medoe", "focal")],  # not run there
         "MED-24": [C("medoe"), analysis.Exact("equal", True)],  # not only a comparison
         "MED-05": "needs more",
+        "MED-07": [],
     }
     table = analysis.judge_on_photographs(tests)
     alone = analysis.judge(camvid, {"MED-03": [C("medoe shares=[0.01]")]})
