@@ -174,8 +174,12 @@ def class_scores(runs: Iterable[Run], class_id: int, *, split: str = "test", rep
         of_class = (m[..., [class_id]] for m in metrics.marginals(counts_of(group, split)))
         drawn = metrics.resample(metrics.Marginals(*of_class), replicates=replicates)
         for name, score in CLASS_SCORES.items():
-            limits = np.clip(np.ravel(metrics.interval(drawn, score)), 0, np.inf if name == "fp_per_tp" else 1)
-            rows.append((method, name, *limits.tolist(), int(np.isfinite(score(drawn.seeds)).sum())))
+            within = (0, np.inf if name == "fp_per_tp" else 1)
+            limits, seeds = (
+                np.ravel(metrics.interval(drawn, score, within=within)),
+                np.isfinite(score(drawn.seeds)).sum(),
+            )
+            rows.append((method, name, *limits.tolist(), int(seeds)))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
 
@@ -189,19 +193,13 @@ def _compared(
     table = by_method(runs)
     if baseline is None:
         for method, group in table.items():
-            yield method, group, partial(_level, _resampled(group, split, replicates))
+            yield method, group, partial(metrics.interval, _resampled(group, split, replicates), within=(0, 1))
         return
     reference = _resampled(_reference(table, baseline), split, replicates)
     for method, group in table.items():
         own = _resampled(group, split, replicates)
         _check_labels(method, own.seeds, baseline, reference.seeds)
         yield method, group, partial(metrics.paired_interval, own, reference)
-
-
-def _level(drawn: metrics.Resampled, score: Callable[..., Any]) -> tuple[Any, Any, Any]:
-    """`metrics.interval` of a fraction, cut off at 0 and 1, which Student's t over a few seeds does not know."""
-    value, low, high = metrics.interval(drawn, score)
-    return value, np.maximum(low, 0), np.minimum(high, 1)
 
 
 def _check_labels(a: str, x: metrics.Marginals, b: str, y: metrics.Marginals) -> None:
@@ -285,7 +283,7 @@ def head_lead(sources: np.ndarray) -> tuple[float, float, float]:
         with np.errstate(invalid="ignore"):
             return (total[..., 0] - total[..., 1:].max(-1)) / total.sum(-1)
 
-    return metrics.bootstrap(sources, lead)
+    return metrics.bootstrap(sources, lead, within=(-1, 1))
 
 
 def tail_distances(
@@ -581,6 +579,24 @@ def judge_on_photographs(
                 own[claim] = [p._replace(method=setting[p.method], baseline=setting[p.baseline]) for p in there]
         tables.append(judge(runs, own).assign(data=name))
     return pd.concat(tables)
+
+
+def gain_with_classes(method: str) -> Measured:
+    """Gain of mIoU over cross-entropy on CCP (more classes) less that on CamVid, from the kept runs on photographs.
+
+    A method stands for its setting there, as in `judge_on_photographs`. Both sets of images are independent of each
+    other (`stats.difference_of_independent`). Where one has a single seed, so has the difference.
+    """
+    gains, what, seeds = {}, [], []
+    for study in PHOTOGRAPHS:
+        runs = [run for run in kept(study) if run.experiment.method in ("ce", method)]
+        name, gain = runs[0].experiment.dataset, means(runs, baseline="ce").set_index("metric").loc["miou"]
+        occur = int((runs[0].confusion("test").sum((0, 2)) > 0).sum())
+        gains[name] = tuple(gain[["value", "low", "high"]])
+        what.append(f"{name} ({occur} classes) {100 * gain['value']:+.1f}")
+        seeds.append(int(gain["seeds"]))
+    difference = stats.difference_of_independent(gains["ccp"], gains["camvid"])
+    return Measured(f"gain of mIoU on {' and '.join(what)}; ccp less camvid", difference, min(seeds))
 
 
 def _judge_part(

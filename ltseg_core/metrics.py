@@ -18,6 +18,7 @@ from ltseg_core.config import IGNORE_INDEX
 from ltseg_core.stats import GROUPS, percentile_interval, resampling_weights
 
 Array = Any  # np.ndarray or Tensor; every function below returns the kind it was given
+ANY = (float("-inf"), float("inf"))
 
 
 class Marginals(NamedTuple):
@@ -387,6 +388,7 @@ def interval(
     replicates: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
+    within: tuple[float, float] = ANY,
 ) -> tuple[Any, Any, Any]:
     """Score of one method with its interval over test images and training seeds: (value, low, high).
 
@@ -397,9 +399,10 @@ def interval(
     enter by Student's t; the two half-widths are added in quadrature. With one seed the interval covers the
     images only, with one image the seeds only; NaN limits where there is one of each. Floats, or (C,) arrays for a
     per-class metric.
+    within: the range of the metric, e.g. (0, 1), which Student's t does not know: limits beyond it are cut off there
     """
     drawn = resample(counts, replicates=replicates, seed=seed)
-    return with_limits(metric(drawn.seeds), metric(drawn.replicates), confidence, images=drawn.images)
+    return with_limits(metric(drawn.seeds), metric(drawn.replicates), confidence, images=drawn.images, within=within)
 
 
 def paired_interval(
@@ -439,15 +442,11 @@ def contrast(
     As `paired_interval`, the contrast of 1 and -1; e.g. the difference of two differences. The counts must come in the
     same order of seeds and images, but may weigh their pixels differently. Raises ValueError for other numbers of them.
     """
-    weights, scores = [a for a, _, _ in parts], [score for _, _, score in parts]
-    drawn = [resample(counts, replicates=replicates, seed=seed) for _, counts, _ in parts]
-    if len(sizes := {(len(d.seeds.tp), d.images, d.replicates.tp.shape[1]) for d in drawn}) != 1:
+    drawn = [(a, resample(counts, replicates=replicates, seed=seed), score) for a, counts, score in parts]
+    if len(sizes := {(len(d.seeds.tp), d.images, d.replicates.tp.shape[1]) for _, d, _ in drawn}) != 1:
         raise ValueError(f"the parts must come from the same seeds and images, got (seeds, images, replicates) {sizes}")
-    total, samples = (
-        sum(a * score(getattr(d, of)) for a, d, score in zip(weights, drawn, scores, strict=True))
-        for of in ("seeds", "replicates")
-    )
-    return with_limits(total, samples, confidence, images=drawn[0].images)
+    total, samples = (sum(a * score(getattr(d, of)) for a, d, score in drawn) for of in ("seeds", "replicates"))
+    return with_limits(total, samples, confidence, images=drawn[0][1].images)
 
 
 def bootstrap(
@@ -457,12 +456,13 @@ def bootstrap(
     replicates: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
+    within: tuple[float, float] = ANY,
 ) -> tuple[Any, Any, Any]:
     """Any score of sums over images with its interval over test images and seeds, as `interval`: (value, low, high).
 
     sums: (S, N, ...) what each image adds for each seed, e.g. counts of two methods for a paired score, (S, N, 2, C, C)
     score: a function (..., the last axes of sums) -> (...), or (..., K) for K scores at once, of what was summed over
-           the images, e.g. `lambda counts: miou(uniform_test(counts))`
+           the images, e.g. `lambda counts: miou(uniform_test(counts))`;  within: its range, as in `interval`
     The draws are those of `interval`; memory is bounded. Floats, or (K,) arrays.
     Raises ValueError for sums without an image or a seed, and replicates < 1.
     """
@@ -473,10 +473,13 @@ def bootstrap(
     parts = np.array_split(drawn, -(-replicates * sums[:, 0].size // 2**23))  # 64 MB of replicates at a time
     flat = sums.reshape(*sums.shape[:2], -1)
     samples = [score((part @ flat).reshape(len(flat), len(part), *sums.shape[2:])) for part in parts]
-    return with_limits(score(sums.sum(1)), np.concatenate(samples, 1), confidence, images=sums.shape[1])
+    replicated = np.concatenate(samples, 1)
+    return with_limits(score(sums.sum(1)), replicated, confidence, images=sums.shape[1], within=within)
 
 
-def with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int) -> tuple[Any, Any, Any]:
+def with_limits(
+    scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int, within: tuple[float, float] = ANY
+) -> tuple[Any, Any, Any]:
     """Mean over seeds with its interval over images and seeds, as in `interval`: (value, low, high).
 
     scores: (S,) or (S, C) per seed;  samples: (S, R) or (S, R, C) their bootstrap replicates over `images` images
@@ -488,7 +491,7 @@ def with_limits(scores: np.ndarray, samples: np.ndarray, confidence: float, *, i
     below, above = np.hypot(value - low, half), np.hypot(high - value, half)
     if images == 1:  # nothing to resample
         below = above = (seeds_high - seeds_low) / 2
-    return _plain(value), _plain(value - below), _plain(value + above)
+    return _plain(value), _plain(np.maximum(value - below, within[0])), _plain(np.minimum(value + above, within[1]))
 
 
 def seed_interval(values: Sequence[float] | Array, *, confidence: float = 0.95) -> tuple[Any, Any, Any]:

@@ -529,6 +529,29 @@ def test_claims_on_photographs(make_run, monkeypatch):
     assert analysis.judge_on_photographs(tests, besides="camvid")["data"].tolist() == ["ccp"]
 
 
+def test_gain_with_classes(make_run, monkeypatch):
+    def study(dataset, seeds, **hyper):
+        methods = (("ce", 0, {}), ("medoe", 40 if dataset == "ccp" else 10, hyper))
+        return [
+            make_run(confusions(seed, better=better), seed=seed, method=m, hyper=h, dataset=dataset)
+            for seed in seeds
+            for m, better, h in methods
+        ]
+
+    studies = {"camvid_cpu": study("camvid", (0, 1), shares=[0.01]), "ccp_cpu": study("ccp", (0, 1, 2))}
+    monkeypatch.setattr(analysis, "kept", studies.__getitem__)
+    found = analysis.gain_with_classes("medoe")
+    gain = {k: analysis.means(runs, baseline="ce").set_index("metric").loc["miou"] for k, runs in studies.items()}
+    few, many = (gain[k] for k in ("camvid_cpu", "ccp_cpu"))
+    value = many["value"] - few["value"]
+    low = value - np.hypot(many["value"] - many["low"], few["high"] - few["value"])
+    high = value + np.hypot(many["high"] - many["value"], few["value"] - few["low"])
+    np.testing.assert_allclose(found.limits, (value, low, high))
+    assert value > 0
+    assert (found.seeds, found.expected) == (2, "positive")
+    assert f"camvid (3 classes) {100 * few['value']:+.1f} and ccp (3 classes) {100 * many['value']:+.1f}" in found.what
+
+
 def test_judged_claims(runs, make_run):
     better = analysis.Comparison("blv sigma=4", metric="tail acc")
     more = analysis.Comparison("blv sigma=4", metric="tail acc - head acc")
