@@ -36,8 +36,8 @@ PAPERS = {
     "X": "where papers disagree",
 }
 """By the letters that the IDs of their claims begin with."""
-PHOTOGRAPHS = ("camvid_cpu", "ccp_cpu")
-"""Kept studies of each paper's method on photographs (`results.kept`)."""
+PHOTOGRAPHS = {"camvid": "CamVid", "ccp": "CCP"}
+"""Data sets of photographs with kept runs (`on_photographs`), and their titles."""
 CHANGING = {**PER_CLASS, "precision": metrics.precision}
 CLASS_SCORES: dict[str, Callable[[Any], Any]] = {**CHANGING, "fp_per_tp": partial(metrics.fp_per_tp, classes=[0])}
 """Of counts of a single class."""
@@ -236,7 +236,8 @@ def class_changes(runs: Iterable[Run], *, baseline: str = "ce", split: str = "te
     """What each method does to each class, against the baseline of the same seed; one row per method, seed and class.
 
     Columns: method, seed, class_id, class, group, train_pixels, target_pixels;  iou, acc, precision and their values
-    `before` (fractions; NaN where 0/0);  fp_per_tp, fp_per_tp_before;  more_fp: false positives gained (pixels);
+    `before` (fractions; NaN where 0/0);  fp_per_tp, fp_per_tp_before;  iou_by_recall: IoU at the new Acc, had FP/TP
+    stayed (`metrics.iou_at`; NaN for a class not found before);  more_fp: false positives gained (pixels);
     afforded_fp: gain of false positives at which IoU stays the same, p (n + FP) with Acc' = (1 + p) Acc (MEDOE,
     Eq. 16; NaN for a class not found before);  remark1: whether Region Rebalance's Remark 1 is met.
     Raises UserError for runs that cannot be compared (`by_method`), and if there is nothing beside the baseline.
@@ -256,6 +257,7 @@ def class_changes(runs: Iterable[Run], *, baseline: str = "ce", split: str = "te
                     "fp_per_tp": new.fp / new.tp,
                     "fp_per_tp_before": old.fp / old.tp,
                     "more_fp": new.fp - old.fp,
+                    "iou_by_recall": np.where(old.tp > 0, metrics.iou_at(metrics.acc(new), old.fp / old.tp), np.nan),
                     "afforded_fp": np.where(old.tp > 0, (new.tp / old.tp - 1) * (old.tp + old.fn + old.fp), np.nan),
                     "remark1": metrics.remark1(old, new),
                 }
@@ -558,6 +560,11 @@ def judge(
     return pd.DataFrame(rows, columns=["claim", "statement", "published", "found", "verdict"]).set_index("claim")
 
 
+def on_photographs(name: str) -> list[Run]:
+    """Kept runs on a data set of PHOTOGRAPHS: each paper's method, and the second stages on the same cross-entropy."""
+    return [*kept(f"{name}_cpu"), *(run for run in kept("second_stages") if run.experiment.dataset == name)]
+
+
 def judge_on_photographs(
     tests: Mapping[str, Sequence[Comparison | Measured | Exact | Majority] | str], *, besides: str = ""
 ) -> pd.DataFrame:
@@ -567,11 +574,9 @@ def judge_on_photographs(
     besides: a data set to leave out, the one whose own runs are judged
     """
     tables = []
-    for study in PHOTOGRAPHS:
-        runs = kept(study)
-        setting = {run.experiment.method: label(run) for run in runs}
-        if (name := runs[0].experiment.dataset) == besides:
-            continue
+    for name in (name for name in PHOTOGRAPHS if name != besides):
+        runs = on_photographs(name)
+        setting = {key: label(run) for run in runs for key in (run.experiment.method, label(run))}
         own = {}
         for claim, parts in tests.items():
             there = [p for p in parts if isinstance(p, Comparison) and {p.method, p.baseline} <= setting.keys()]
@@ -588,9 +593,9 @@ def gain_with_classes(method: str) -> Measured:
     other (`stats.difference_of_independent`). Where one has a single seed, so has the difference.
     """
     gains, what, seeds = {}, [], []
-    for study in PHOTOGRAPHS:
-        runs = [run for run in kept(study) if run.experiment.method in ("ce", method)]
-        name, gain = runs[0].experiment.dataset, means(runs, baseline="ce").set_index("metric").loc["miou"]
+    for name in PHOTOGRAPHS:
+        runs = [run for run in kept(f"{name}_cpu") if run.experiment.method in ("ce", method)]
+        gain = means(runs, baseline="ce").set_index("metric").loc["miou"]
         occur = int((runs[0].confusion("test").sum((0, 2)) > 0).sum())
         gains[name] = tuple(gain[["value", "low", "high"]])
         what.append(f"{name} ({occur} classes) {100 * gain['value']:+.1f}")

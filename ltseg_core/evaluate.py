@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,3 +129,18 @@ def confusion(
     if indices:
         whole[indices] = counts.counts.long()
     return whole
+
+
+@torch.inference_mode()
+def tally(
+    maps: Iterable[tuple[Tensor, Tensor]], rules: Mapping[str, Callable[[Tensor, Tensor], Tensor]], num_classes: int
+) -> dict[str, np.ndarray]:
+    """Confusion counts of each image under several rules, (N, C, C) integers, from one pass over `logit_maps`.
+
+    rules: (logits (1, C', H, W), target (1, H, W)) -> labels (1, H, W); C' = C but for networks with several heads
+    """
+    counts = {name: ConfusionCounts(num_classes) for name in rules}
+    for logits, target in maps:
+        for name, rule in rules.items():
+            counts[name].update(rule(logits[None], target[None]), target[None])
+    return {name: each.counts.cpu().numpy() for name, each in counts.items()}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltseg_core.config import IGNORE_INDEX
@@ -171,6 +172,22 @@ def false_positive_sources(counts: np.ndarray, groups: Sequence[str]) -> np.ndar
     return np.stack([wrong[..., np.asarray(groups) == name, :].sum(-2) for name in GROUPS], -2)
 
 
+def fates(counts: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """Where the pixels of each true group go, (..., 3, 5): the shares right, wrong inside the group, and called
+    head, body or tail where that is another group; see `stats.GROUPS`.
+
+    counts: (..., C, C);  groups: C names. Means over the classes of the group with labelled pixels; they add up to 1.
+    NaN for a group without any.
+    """
+    member = np.array([[group == name for group in groups] for name in GROUPS])  # (3, C)
+    rates = uniform_test(np.asarray(counts))  # rows sum to 1
+    right, to = np.diagonal(rates, 0, -2, -1), rates @ member.T  # (..., C), (..., C, 3)
+    inside = (to * member.T).sum(-1) - right
+    each = np.concatenate([np.stack([right, inside], -1), to * ~member.T], -1)  # (..., C, 5)
+    weight = member * (rates.sum(-1) > 0)[..., None, :]  # (..., 3, C)
+    return _ratio(weight @ each, weight.sum(-1, keepdims=True))
+
+
 def error_map(label: np.ndarray, predicted: np.ndarray, class_id: int) -> np.ndarray:
     """What a prediction does with one class, (H, W) uint8: 1 true positive, 2 false positive, 3 false negative.
 
@@ -313,29 +330,76 @@ def calibration_counts(logits: Tensor, target: Tensor, *, bins: int = 15, ignore
     and over the classes of a group; `ece` and `overconfidence` take any such sum. On the device of the logits.
     Raises ValueError for another shape, bins < 1, and a target that is no class.
     """
-    if logits.ndim != 4 or target.shape != logits[:, 0].shape or bins < 1:
+    if bins < 1:
+        raise ValueError(f"bins must be >= 1, got {bins}")
+    target, own = _rows(logits, target, ignore_index)
+    batch, classes = logits.shape[:2]
+    confidence, predicted = logits.float().softmax(1).max(1)  # (B, H, W)
+    confidence = confidence.double()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)[1:-1]
+    counts = []
+    for row in (own, torch.where(target == ignore_index, own, own + predicted - target)):
+        cell = row * bins + torch.bucketize(confidence, edges)
+        sums = _sums(cell, batch * (classes + 1) * bins, confidence, predicted == target)
+        counts.append(sums.view(batch, classes + 1, bins, 3)[:, :classes])
+    return torch.stack(counts)
+
+
+def truth_counts(logits: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Labelled pixels of each class, how many are predicted right, and their summed 1 - p_y, (B, C, 3) float64.
+
+    logits: (B, C, H, W) float;  target: (B, H, W) integers in [0, C), or ignore_index
+    p_y is the softmax probability of the true class; -inf logits take their class out. All entries add up over images.
+    The second over the first is Acc, the third over it the bias of MEDOE's Table 11 (as we read its Eq. 9). On the
+    device of the logits. Raises ValueError as `calibration_counts`.
+    """
+    target, row = _rows(logits, target, ignore_index)
+    batch, classes = logits.shape[:2]
+    true = target.where(target != ignore_index, 0).unsqueeze(1)
+    missing = 1 - logits.float().softmax(1).gather(1, true).squeeze(1).double()
+    right = logits.max(1).indices == target
+    return _sums(row, batch * (classes + 1), missing, right)[:, [0, 2, 1]].view(batch, classes + 1, 3)[:, :classes]
+
+
+def region_counts(logits: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Confusion counts of true regions instead of pixels, (B, C, C) int64: a region, all pixels of a class in an image,
+    is given the class of its largest mean logit.
+
+    logits: (B, C, H, W) float;  target: (B, H, W) integers in [0, C), or ignore_index
+    Where the logits are a linear function of features, so is their mean: what a linear classifier makes of the mean
+    feature of a region (Region Rebalance, Sec. 3.3.1). On the device of the logits. Raises ValueError as
+    `calibration_counts`.
+    """
+    _, row = _rows(logits, target, ignore_index)
+    batch, classes = logits.shape[:2]
+    total = logits.new_zeros(batch * (classes + 1), classes, dtype=torch.float64)
+    total.index_add_(0, row.flatten(), logits.movedim(1, -1).reshape(-1, classes).double())
+    called = total.view(batch, classes + 1, classes)[:, :classes].max(-1).indices  # of the sum as of the mean
+    shown = row.flatten().bincount(minlength=len(total)).view(batch, classes + 1)[:, :classes] > 0
+    return F.one_hot(called, classes) * shown.unsqueeze(-1)
+
+
+def _rows(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The target as int64, and for each pixel the row b (C + 1) + y of its image and class, (B, H, W); what is ignored
+    has the last row of its image. Raises ValueError for another shape and a target that is no class."""
+    if logits.ndim != 4 or target.shape != logits[:, 0].shape:
         raise ValueError(
-            "expected logits (B, C, H, W), target (B, H, W) and bins >= 1, got"
-            f" {tuple(logits.shape)}, {tuple(target.shape)} and {bins}"
+            f"expected logits (B, C, H, W) and target (B, H, W), got {tuple(logits.shape)} and {tuple(target.shape)}"
         )
     batch, classes = logits.shape[:2]
     target = _integers("target", target).long()
     labelled = target != ignore_index
     if (wrong := target[labelled & ((target < 0) | (target >= classes))]).numel():
         raise ValueError(f"target must be a class in [0, {classes - 1}] or {ignore_index} (ignored), got {wrong[0]}")
-    confidence, predicted = logits.float().softmax(1).max(1)  # (B, H, W)
-    confidence = confidence.double()
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)[1:-1]
     image = torch.arange(batch, device=logits.device)[:, None, None]
-    counts = []
-    for owner in (target, predicted):
-        row = image * (classes + 1) + torch.where(labelled, owner, classes)  # what is ignored has a row of its own
-        cell = (row * bins + torch.bucketize(confidence, edges)).flatten()
-        cells = batch * (classes + 1) * bins
-        columns = [torch.bincount(cell, minlength=cells).double()]
-        columns += [torch.bincount(cell, x.double().flatten(), cells) for x in (confidence, predicted == target)]
-        counts.append(torch.stack(columns, -1).view(batch, classes + 1, bins, 3)[:, :classes])
-    return torch.stack(counts)
+    return target, image * (classes + 1) + torch.where(labelled, target, classes)
+
+
+def _sums(cell: Tensor, cells: int, *weights: Tensor) -> Tensor:
+    """How many pixels each cell has, and their sum of each weight, (cells, 1 + weights) float64."""
+    cell = cell.flatten()
+    columns = [torch.bincount(cell, minlength=cells).double()]
+    return torch.stack([*columns, *(torch.bincount(cell, x.double().flatten(), cells) for x in weights)], -1)
 
 
 def ece(counts: Array) -> Array:

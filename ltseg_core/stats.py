@@ -324,6 +324,35 @@ def _mean_ranks(values: np.ndarray, times: np.ndarray) -> np.ndarray:
     return (size.cumsum(1) - (size - 1) / 2)[:, place]
 
 
+def slope_through_origin(
+    x: np.ndarray,
+    y: np.ndarray,
+    unit: np.ndarray,
+    *,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Least-squares slope of y over x through the origin, sum x y / sum x^2, with its interval: (value, low, high).
+
+    x, y: (n,) values;  unit: (n,) what each belongs to, e.g. its class. Whole units are drawn with replacement;
+    resamples in which all x are zero are left out. NaN where all x are zero.
+    Raises ValueError for other shapes and NaN or infinite values.
+    """
+    x, y, unit = (np.asarray(v) for v in (x, y, unit))
+    if not x.ndim == 1 or not x.shape == y.shape == unit.shape:
+        raise ValueError(f"x, y and unit must have one shape (n,), got {x.shape}, {y.shape} and {unit.shape}")
+    if not (np.isfinite(x) & np.isfinite(y)).all():
+        raise ValueError("x and y must be finite")
+    names, place = np.unique(unit, return_inverse=True)
+    sums = np.stack([np.bincount(place, x * other, len(names)) for other in (y, x)], 1)  # (units, 2)
+    drawn = resampling_weights(seed, replicates, len(names)) @ sums
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value, samples = sums[:, 0].sum() / sums[:, 1].sum(), drawn[:, 0] / drawn[:, 1]
+    low, high = percentile_interval(samples, confidence)
+    return float(value), float(low), float(high)
+
+
 def difference_of_independent(
     first: tuple[float, float, float], second: tuple[float, float, float]
 ) -> tuple[float, float, float]:

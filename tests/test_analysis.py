@@ -227,9 +227,11 @@ def test_class_changes_row_by_row(make_run):
             affordable = Fraction(tp2 - tp, tp) * (n + fp)
             assert (row.fp_per_tp_before, row.afforded_fp) == pytest.approx((fp / tp, float(affordable)))
             assert row.remark1 == (fp2 - fp <= affordable) == (row.more_fp <= row.afforded_fp)
+            kept = Fraction(tp2, n + Fraction(tp2 * fp, tp))  # as many false positives per true one as before
+            assert row.iou_by_recall == pytest.approx(float(kept))
         else:
             assert (row.seed, row.class_id) == (0, 2)
-            assert np.isnan(row.afforded_fp)
+            assert np.isnan([row.afforded_fp, row.iou_by_recall]).all()
     assert table.iloc[2][["class", "group", "train_pixels"]].tolist() == ["sign", "tail", 500]
     with pytest.raises(UserError, match="no runs of the baseline 'focal' among ce, blv"):
         analysis.class_changes(runs, baseline="focal")
@@ -510,22 +512,27 @@ def test_claims_on_photographs(make_run, monkeypatch):
         for method, other in (("ce", {}), ("medoe", {"hyper": {"shares": [0.01]}}))
     ]
     ccp = [make_run(confusions(0, better=40 * (m == "medoe")), method=m, dataset="ccp") for m in ("ce", "medoe")]
-    monkeypatch.setattr(analysis, "kept", {"camvid_cpu": camvid, "ccp_cpu": ccp}.__getitem__)
+    held, second = {"hyper": {"split": "val"}, "dataset": "camvid"}, "balanced_bound split=val"
+    bound = [make_run(confusions(seed, better=20), seed=seed, method="balanced_bound", **held) for seed in range(2)]
+    studies = {"camvid_cpu": camvid, "ccp_cpu": ccp, "second_stages": bound}
+    monkeypatch.setattr(analysis, "kept", studies.__getitem__)
     C = analysis.Comparison
     tests = {
         "MED-03": [C("medoe")],
+        "DIS-04": [C(second, "medoe")],  # on CamVid only
         "MED-13": [C("medoe"), C("medoe", "focal")],  # not run there
         "MED-24": [C("medoe"), analysis.Exact("equal", True)],  # not only a comparison
         "MED-05": "needs more",
         "MED-07": [],
     }
     table = analysis.judge_on_photographs(tests)
-    alone = analysis.judge(camvid, {"MED-03": [C("medoe shares=[0.01]")]})
-    assert table.index.tolist() == ["MED-03"] * 2
-    assert table["data"].tolist() == ["camvid", "ccp"]
-    assert table["verdict"].tolist() == ["supported", "open"]
+    medoe = "medoe shares=[0.01]"
+    alone = analysis.judge([*camvid, *bound], {"MED-03": [C(medoe)], "DIS-04": [C(second, medoe)]})
+    assert table.index.tolist() == ["MED-03", "DIS-04", "MED-03"]
+    assert table["data"].tolist() == ["camvid", "camvid", "ccp"]
+    assert table["verdict"].tolist() == ["supported", "contradicted", "open"]
     pd.testing.assert_frame_equal(table[table["data"] == "camvid"].drop(columns="data"), alone)
-    assert "one seed" in table["found"].iloc[1]
+    assert "one seed" in table["found"].iloc[2]
     assert analysis.judge_on_photographs(tests, besides="camvid")["data"].tolist() == ["ccp"]
 
 

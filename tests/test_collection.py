@@ -236,6 +236,9 @@ def test_importing_the_module_is_cheap():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_committed_notebooks_are_as_they_were_run(path):
     assert check_published(path) is None
+    outputs = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", ()) if "data" in o]
+    cut = [o["data"]["text/html"] for o in outputs if "...</td>" in o["data"].get("text/html", "")]
+    assert not cut, f"a table is cut off, raise pandas' display options: {cut[0]}"
 
 
 def test_the_readme_lists_the_notebooks_with_their_answers_and_times():

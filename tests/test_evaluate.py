@@ -60,3 +60,20 @@ def test_what_is_read_of_the_output_can_be_chosen():
     assert len(twice) == 2
     for (both, _), (logits, _) in zip(twice, evaluate.logit_maps(network, dataset, [1, 2]), strict=True):
         assert torch.equal(both, torch.cat([logits, -logits]))
+
+
+def test_a_tally_counts_every_rule_in_one_pass():
+    network, dataset = tiny_network(), Pictures()
+    maps = list(evaluate.logit_maps(network, dataset, range(7)))
+    rules = {
+        "largest": lambda z, y: z.max(1).indices,
+        "second": lambda z, y: z.topk(2, 1).indices[:, 1],
+        "told": lambda z, y: y.long(),
+    }
+    found = evaluate.tally(iter(maps), rules, C)
+    np.testing.assert_array_equal(found["largest"], evaluate.confusion(network, dataset).numpy())
+    for i, (logits, label) in enumerate(maps):
+        second = logits.topk(2, 0).indices[1]
+        for k, j in np.ndindex(C, C):
+            assert found["second"][i, k, j] == ((label == k) & (second == j)).sum()
+        np.testing.assert_array_equal(found["told"][i], np.diag(np.bincount(label.flatten(), minlength=C)))

@@ -309,6 +309,25 @@ def test_false_positives_by_true_group():
     np.testing.assert_array_equal(whole.sum(-2), metrics.marginals(many).fp)
 
 
+def test_fates_of_a_group_by_hand():
+    counts = np.array([[6, 2, 1, 1], [4, 12, 2, 2], [0, 5, 3, 2], [0, 0, 0, 0]])  # class 3 has no pixel
+    found = metrics.fates(counts, ["head", "head", "tail", "tail"])
+    np.testing.assert_allclose(found[0], [(0.6 + 0.6) / 2, (0.2 + 0.2) / 2, 0, 0, (0.2 + 0.2) / 2])
+    np.testing.assert_allclose(found[2], [0.3, 0.2, 0.5, 0, 0])
+    assert np.isnan(found[1]).all()  # no body
+
+
+def test_fates_add_up_and_know_the_accuracy():
+    counts, groups = random_counts((2, 3), 6), ["head", "tail", "body", "tail", "head", "body"]
+    found = metrics.fates(counts, groups)
+    np.testing.assert_allclose(found.sum(-1), 1)
+    means = [[metrics.group_means(row, groups)[g].value for g in stats.GROUPS] for row in metrics.acc(counts[0])]
+    np.testing.assert_allclose(found[0, :, :, 0], means)
+    leave = metrics.false_positive_sources(metrics.uniform_test(counts), groups)  # of true group, called class
+    to_tail = leave[..., [k for k, g in enumerate(groups) if g == "tail"]].sum(-1) / 2  # each group has two classes
+    np.testing.assert_allclose(found[..., :2, 4], to_tail[..., :2])
+
+
 def test_absent_classes():
     only_predicted = np.array([[3, 0, 1], [0, 0, 0], [0, 0, 0]])  # class 1 absent, class 2 predicted in error
     np.testing.assert_array_equal(metrics.iou(only_predicted), [0.75, np.nan, 0])
@@ -429,18 +448,72 @@ def test_a_network_that_knows_the_posterior_is_calibrated_by_prediction_not_by_t
     assert float(metrics.overconfidence(by_true[0, 0])) < -0.1
 
 
-def test_calibration_refuses():
+def test_truth_counts_equal_a_slow_loop():
+    logits, target = logits_and_target(3)
+    logits[:, 1] = -torch.inf  # a class taken out: its pixels are never right and lack all of their probability
+    found = metrics.truth_counts(logits, target)
+    expected = np.zeros((*logits.shape[:2], 3))
+    for b, y, x in np.ndindex(*target.shape):
+        if (k := int(target[b, y, x])) != 255:
+            z = logits[b, :, y, x].double().numpy()
+            p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+            expected[b, k] += 1, z.argmax() == k, 1 - p[k]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert (found[:, 1, 1] == 0).all()
+    assert torch.equal(found[:, 1, 0], found[:, 1, 2])
+
+
+@given(seeds)
+def test_truth_counts_hold_accuracy_and_calibration(seed):
+    logits, target = logits_and_target(seed)
+    found = metrics.truth_counts(logits, target).sum(0)
+    counts = counted(logits.argmax(1), target).total()
+    np.testing.assert_allclose(found[:, 1] / found[:, 0], metrics.acc(counts))
+    by_true = metrics.calibration_counts(logits, target)[0].sum((0, 2))  # (C, 3)
+    assert torch.equal(found[:, :2], by_true[:, [0, 2]])
+    assert (found[:, 0] - found[:, 2] <= by_true[:, 1] + 1e-5).all(), "p_y is no more than the confidence"
+
+
+def test_regions_are_called_what_their_mean_logit_says():
+    logits, target = logits_and_target(5)
+    found = metrics.region_counts(logits, target)
+    for b in range(len(target)):
+        for k in range(5):
+            region = target[b] == k
+            called = [logits[b, j][region].double().mean() for j in range(5)] if region.any() else [np.nan]
+            assert found[b, k].tolist() == [bool(region.any()) and j == int(np.argmax(called)) for j in range(5)]
+
+
+def test_regions_of_a_linear_classifier_are_those_of_the_mean_feature():
+    """Region Rebalance, Sec. 3.3.1: the classifier on the mean feature of a region, and a shift of every pixel."""
+    generator = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(2, 8, 6, 7, generator=generator), torch.randn(5, 8, generator=generator)
+    target = logits_and_target(5)[1][:2, :6, :7]
+    shift = torch.tensor([0.0, 1, -1, 2, 0])[:, None, None]
+    found = metrics.region_counts(torch.einsum("ck,bkhw->bchw", weight, features) + shift, target)
+    for b, k in np.ndindex(2, 5):
+        if (region := target[b] == k).any():
+            mean = features[b][:, region].mean(1)
+            assert found[b, k].argmax() == (weight @ mean + shift.flatten()).argmax()
+    assert torch.equal(found.sum((1, 2)), torch.tensor([len(set(t.flatten().tolist()) - {255}) for t in target]))
+
+
+@pytest.mark.parametrize("count", [metrics.calibration_counts, metrics.truth_counts, metrics.region_counts])
+def test_counts_from_logits_refuse(count):
     logits, target = logits_and_target(0)
     for arguments in ((logits, target[:1]), (logits[0], target[0]), (logits, target[:, :, 1:])):
-        with pytest.raises(ValueError, match=r"expected logits \(B, C, H, W\), target \(B, H, W\) and bins >= 1"):
-            metrics.calibration_counts(*arguments)
-    with pytest.raises(ValueError, match="bins >= 1"):
-        metrics.calibration_counts(logits, target, bins=0)
+        with pytest.raises(ValueError, match=r"expected logits \(B, C, H, W\) and target \(B, H, W\), got"):
+            count(*arguments)
     target[1, 2, 3] = 5
     with pytest.raises(ValueError, match=r"target must be a class in \[0, 4\] or 255 \(ignored\), got 5"):
-        metrics.calibration_counts(logits, target)
+        count(logits, target)
     with pytest.raises(TypeError, match="target must be an integer tensor"):
-        metrics.calibration_counts(logits, target.float())
+        count(logits, target.float())
+
+
+def test_calibration_refuses_no_bins():
+    with pytest.raises(ValueError, match="bins must be >= 1, got 0"):
+        metrics.calibration_counts(*logits_and_target(0), bins=0)
 
 
 # --- intervals

@@ -179,16 +179,20 @@ TAUGHT = ("ema_decay", "pseudo_threshold", "pseudo_selection", "unlabelled_weigh
         ("quick_arms", ("architecture", "encoder", "model_options")),
         ("quick_few_labels", ("labelled_images", *TAUGHT)),
         ("quick_domains", ("data_options", "target", "class_mix", *TAUGHT)),
+        ("camvid_cpu", ()),
+        ("ccp_cpu", ()),
+        ("second_stages", ()),
     ],
 )
-def test_the_kept_arms_are_whole_and_of_the_quick_profile(study, differs):
-    runs, quick, seeds = results.kept(study), profile("quick"), {}
+def test_kept_studies_are_whole_and_of_their_profile(study, differs):
+    runs, seeds = results.kept(study), {}
     for run in runs:
         e = run.experiment
         own = {name: getattr(e, name) for name in ("method", "hyper", "seed", *differs)}
-        assert quick.experiment(**own) == e, f"{run.path} differs from the profile in more than its arm"
+        of = profile("quick" if study.startswith("quick") else f"{e.dataset}_cpu")
+        assert of.experiment(**own) == e, f"{run.path} differs from the profile in more than its arm"
         seeds.setdefault(replace(e, seed=0), []).append(e.seed)
-    assert {tuple(sorted(s)) for s in seeds.values()} == {quick.seeds}
+    assert {tuple(sorted(s)) for s in seeds.values()} == {profile("quick").seeds}
     labels = {}
     for run in runs[:: len(runs) // 10]:
         counted = {split: run.confusion(split) for split in ("val", "test")}

@@ -300,6 +300,27 @@ def test_difference_of_independent_estimates():
     assert stats.difference_of_independent((0.5, 0.2, 0.6), (0.7, 0.7, 0.7)) == pytest.approx((-0.2, -0.5, -0.1))
 
 
+def test_slope_through_the_origin_draws_whole_units():
+    rng = np.random.default_rng(0)
+    x, unit = rng.normal(size=30), np.repeat(["a", "b", "c", "d", "e"], 6)
+    y = 0.7 * x + 0.1 * rng.normal(size=30)
+    value, low, high = stats.slope_through_origin(x, y, unit, replicates=500)
+    assert value == pytest.approx(np.linalg.lstsq(x[:, None], y, rcond=None)[0].item(), rel=1e-12)
+    drawn = np.random.default_rng(0).integers(5, size=(500, 5))
+    slopes = []
+    for units in drawn:
+        rows = np.concatenate([np.arange(6 * u, 6 * u + 6) for u in units])
+        slopes.append(np.linalg.lstsq(x[rows, None], y[rows], rcond=None)[0].item())
+    assert (low, high) == pytest.approx(tuple(np.quantile(slopes, [0.025, 0.975])), rel=1e-9)
+    assert stats.slope_through_origin(x, 2 * x, unit) == pytest.approx((2, 2, 2))
+    some = np.where(unit == "a", x, 0.0)  # a resample without unit a says nothing
+    assert stats.slope_through_origin(some, 3 * some, unit) == pytest.approx((3, 3, 3))
+    assert np.isnan(stats.slope_through_origin(np.zeros(30), y, unit)).all()
+    for bad, named in (((x[:3], y, unit), r"\(3,\), \(30,\)"), ((x, np.where(y > 0, np.nan, y), unit), "finite")):
+        with pytest.raises(ValueError, match=named):
+            stats.slope_through_origin(*bad)
+
+
 def test_correlation_covers_the_truth():
     """The 90 % interval holds the true coefficient of most samples (percentile intervals are a little short)."""
     rng = np.random.default_rng(0)

@@ -573,6 +573,22 @@ def test_groups_of_a_method_share_a_row_with_their_intervals() -> None:
         viz.plot_by_group(table[:3], axes)
 
 
+def test_parts_are_stacked_away_from_zero_and_the_whole_lies_at_their_sum() -> None:
+    parts = pd.DataFrame({"recall": [0.3, -0.1], "false positives": [-0.2, -0.3], "found": [0.1, 0.05]}, ["pat", "blv"])
+    whole = pd.DataFrame({"value": parts.sum(axis=1), "low": [0.1, -0.4], "high": [0.3, -0.3]})
+    colours = ("#0072b2", "#d55e00", "#f0e442")
+    ax = viz.plot_parts(parts, whole[::-1], {n: {"color": c} for n, c in zip(parts, colours, strict=True)})
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["PAT", "BLV"]
+    bars = {(to_hex(p.get_facecolor()), round(p.get_y() + p.get_height() / 2)): p for p in ax.patches}
+    spans = {k: tuple(sorted((round(p.get_x(), 9), round(p.get_x() + p.get_width(), 9)))) for k, p in bars.items()}
+    blue, red, yellow = colours
+    assert [spans[c, 0] for c in (blue, red, yellow)] == [(0, 0.3), (-0.2, 0), (0.3, 0.4)]
+    assert [spans[c, 1] for c in (blue, red, yellow)] == [(-0.1, 0), (-0.4, -0.1), (0, 0.05)]
+    dots = next(line for line in ax.lines if line.get_label() == "whole change")
+    np.testing.assert_allclose(dots.get_xdata(), [0.2, -0.35])
+    assert {(0.1, 0.3), (-0.4, -0.3)} <= {tuple(s[:, 0].round(9)) for s in segments(ax)}
+
+
 def test_a_sweep_is_hollow_where_it_rests_on_one_seed() -> None:
     rows = [(0.1, 0.2, 0.1, 0.3, 1), (1.0, 0.4, 0.3, 0.5, 3), (0.5, 0.3, np.nan, np.nan, 1)]
     table = pd.DataFrame(rows, columns=["weight", "value", "low", "high", "seeds"]).assign(metric="miou")

@@ -14,6 +14,7 @@ from ltseg_core.viz.comparisons import (
     plot_differences,
     plot_history,
     plot_means,
+    plot_parts,
     plot_per_class,
     plot_sweep,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "plot_label_legend",
     "plot_mask_sizes",
     "plot_means",
+    "plot_parts",
     "plot_per_class",
     "plot_predictions",
     "plot_samples",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,35 @@ def plot_differences(table: pd.DataFrame, axes: np.ndarray | None = None, *, bas
     if notes:
         axes[0].figure.supxlabel("; ".join(notes), fontsize=8)
     return axes
+
+
+@_styled
+def plot_parts(
+    parts: pd.DataFrame, whole: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]], ax: Axes | None = None
+) -> Axes:
+    """Parts of a change as bars, a row per method: what adds to the right of zero, what takes to the left, each part
+    after the one before; the whole as a dot with its interval.
+
+    parts: a column per part (fractions), indexed by method;  whole: value, low, high of their sum, with that index
+    looks: colour, and hatch if wanted, of each part
+    """
+    _columns(whole, "value", "low", "high")
+    ax = ax or subplots(height=0.9 + 0.24 * len(parts))[1][0, 0]
+    y, edges = np.arange(len(parts)), {True: np.zeros(len(parts)), False: np.zeros(len(parts))}
+    for name, look in looks.items():
+        value = parts[name].to_numpy()
+        start = np.where(value > 0, edges[True], edges[False])
+        ax.barh(y, value, left=start, height=0.65, edgecolor="white", linewidth=0.5, label=name, **look)
+        edges = {True: edges[True] + value.clip(min=0), False: edges[False] + value.clip(max=0)}
+    of = whole.loc[parts.index]
+    for colour, width in (("white", 3.0), ("0.15", 1.2)):  # an edge that shows on dark bars
+        ax.hlines(y, of["low"], of["high"], color=colour, linewidth=width)
+    ax.plot(of["value"], y, "o", color="0.15", markersize=4, markeredgecolor="white", label="whole change")
+    ax.axvline(0, color="0.15", linewidth=0.8)
+    ax.xaxis.set_major_formatter(_percent)
+    ax.grid(axis="x")
+    _method_rows(ax, list(parts.index))
+    return ax
 
 
 @_styled
