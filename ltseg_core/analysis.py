@@ -126,6 +126,11 @@ def _scores(groups: Sequence[str]) -> dict[str, Callable[[Any], Any]]:
     return table | {"pixel_acc": metrics.pixel_acc}
 
 
+def _together(scores: Iterable[Callable[[Any], Any]]) -> Callable[[Any], np.ndarray]:
+    """K scores of counts (..., C, C), each (...), as one function that gives (..., K)."""
+    return lambda counts: np.stack([score(counts) for score in scores], -1)
+
+
 def means(
     runs: Iterable[Run],
     *,
@@ -143,8 +148,9 @@ def means(
     """
     rows = []
     for method, group, interval in _compared(runs, baseline, split, replicates):
-        for name, score in _scores(_groups(group, groups)).items():
-            rows.append((method, name, *interval(score), len(group)))
+        scores = _scores(_groups(group, groups))
+        limits = zip(scores, *interval(_together(scores.values())), strict=True)
+        rows += [(method, name, value, low, high, len(group)) for name, value, low, high in limits]
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
 
@@ -175,11 +181,8 @@ def class_scores(runs: Iterable[Run], class_id: int, *, split: str = "test", rep
         drawn = metrics.resample(metrics.Marginals(*of_class), replicates=replicates)
         for name, score in CLASS_SCORES.items():
             within = (0, np.inf if name == "fp_per_tp" else 1)
-            limits, seeds = (
-                np.ravel(metrics.interval(drawn, score, within=within)),
-                np.isfinite(score(drawn.seeds)).sum(),
-            )
-            rows.append((method, name, *limits.tolist(), int(seeds)))
+            limits = np.ravel(metrics.interval(drawn, score, within=within))
+            rows.append((method, name, *limits.tolist(), int(np.isfinite(score(drawn.seeds)).sum())))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "seeds"])
 
 
@@ -346,6 +349,18 @@ def frequency_correlations(
                 low, high = stats.percentile_interval(values[1:], 0.95)
                 rows.append((name, kind, column, values[0], low, high, int(used.sum())))
     return pd.DataFrame(rows, columns=["score", "kind", "frequency", "value", "low", "high", "classes"])
+
+
+def ranked(table: pd.DataFrame, metric: str = "miou") -> pd.DataFrame:
+    """The rows of a table like that of `means`, its methods by falling value of one metric, which each must have."""
+    metric = choose("metric", metric, table["metric"].unique())
+    best = (
+        table[table["metric"] == metric]
+        .sort_values("value", ascending=False, kind="stable")["method"]
+        .unique()
+        .tolist()
+    )
+    return table.sort_values("method", key=lambda methods: methods.map(best.index), kind="stable")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -574,7 +589,9 @@ def judge_on_photographs(
     besides: a data set to leave out, the one whose own runs are judged
     """
     tables = []
-    for name in (name for name in PHOTOGRAPHS if name != besides):
+    for name in PHOTOGRAPHS:
+        if name == besides:
+            continue
         runs = on_photographs(name)
         setting = {key: label(run) for run in runs for key in (run.experiment.method, label(run))}
         own = {}
@@ -586,8 +603,9 @@ def judge_on_photographs(
     return pd.concat(tables)
 
 
-def gain_with_classes(method: str) -> Measured:
-    """Gain of mIoU over cross-entropy on CCP (more classes) less that on CamVid, from the kept runs on photographs.
+def gain_with_classes(method: str) -> list[Measured | Exact]:
+    """The parts of the claim that a gain grows with the number of classes, from the kept runs on photographs: the gain
+    of mIoU over cross-entropy on CCP (more classes) less that on CamVid; an undecided one, as the two differ in more.
 
     A method stands for its setting there, as in `judge_on_photographs`. Both sets of images are independent of each
     other (`stats.difference_of_independent`). Where one has a single seed, so has the difference.
@@ -601,7 +619,8 @@ def gain_with_classes(method: str) -> Measured:
         what.append(f"{name} ({occur} classes) {100 * gain['value']:+.1f}")
         seeds.append(int(gain["seeds"]))
     difference = stats.difference_of_independent(gains["ccp"], gains["camvid"])
-    return Measured(f"gain of mIoU on {' and '.join(what)}; ccp less camvid", difference, min(seeds))
+    more = Measured(f"gain of mIoU on {' and '.join(what)}; ccp less camvid", difference, min(seeds))
+    return [more, Exact("two data sets, which differ in more than their classes", None)]
 
 
 def _judge_part(

@@ -250,13 +250,19 @@ Score = Callable[[np.ndarray], np.ndarray]
 
 
 def interval(
-    measure: ByClass, score: Score = np.asarray, *, less: ByClass | None = None, confidence: float = 0.95
+    measure: ByClass,
+    score: Score = np.asarray,
+    *,
+    less: ByClass | None = None,
+    confidence: float = 0.95,
+    within: tuple[float, float] = metrics.UNBOUNDED,
 ) -> tuple[Any, Any, Any]:
     """Mean over seeds of score(class means) with its interval over images and seeds: (value, low, high).
 
     score: (..., C) -> (...) or (..., C).  less: of another method on the same pixels and seeds, to take the paired
-    difference to. Images by bootstrap, seeds by Student's t, added in quadrature; with one seed the images only
-    (`metrics.interval`). Raises ValueError if the two differ in shape.
+    difference to.  within: the range of the score, as in `metrics.interval`. Images by bootstrap, seeds by Student's
+    t, added in quadrature; with one seed the images only (`metrics.interval`).
+    Raises ValueError if the two differ in shape.
     """
     if less is not None and measure.replicates.shape != less.replicates.shape:
         raise ValueError(
@@ -266,7 +272,7 @@ def interval(
     seeds, drawn = score(measure.seeds), score(measure.replicates)
     if less is not None:
         seeds, drawn = seeds - score(less.seeds), drawn - score(less.replicates)
-    return metrics.with_limits(seeds, drawn, confidence, images=measure.images)
+    return metrics.with_limits(seeds, drawn, confidence, images=measure.images, within=within)
 
 
 def log_ratio(groups: Sequence[str], over: str, under: str) -> Score:

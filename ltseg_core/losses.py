@@ -8,7 +8,8 @@ What every loss keeps (a `Differs:` note says where one does not)
     - It is divided by the number of valid pixels, those with y != IGNORE_INDEX, of the whole batch.
     - An ignored pixel changes nothing and receives a gradient of exactly 0; a batch of them gives 0.
     - A class that never occurs counts as the rarest one that occurs in weights, margins and noise, whose scale it
-      would set otherwise, and as one pixel (or image) in all else: see `class_sizes`.
+      would set otherwise, and as one pixel (or image) in all else: see `class_sizes`. An offset or factor that favours
+      rare classes in training then hardly pushes it down.
     - No host synchronisation and no loop over classes or images. So a label >= C is *not* looked for: the CPU
       raises IndexError, CUDA stops with a device-side assertion. `train.fit` refuses such label files before training.
     - A training loop may set `loss.progress` (0 at the first step, 1 at the last); schedules read it.

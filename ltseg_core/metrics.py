@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ltseg_core.config import IGNORE_INDEX
 from ltseg_core.stats import GROUPS, percentile_interval, resampling_weights
 
 Array = Any  # np.ndarray or Tensor; every function below returns the kind it was given
-ANY = (float("-inf"), float("inf"))
+UNBOUNDED = (float("-inf"), float("inf"))
 
 
 class Marginals(NamedTuple):
@@ -338,7 +337,7 @@ def calibration_counts(logits: Tensor, target: Tensor, *, bins: int = 15, ignore
     confidence = confidence.double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)[1:-1]
     counts = []
-    for row in (own, torch.where(target == ignore_index, own, own + predicted - target)):
+    for row in (own, own + (predicted - target).where(target != ignore_index, 0)):
         cell = row * bins + torch.bucketize(confidence, edges)
         sums = _sums(cell, batch * (classes + 1) * bins, confidence, predicted == target)
         counts.append(sums.view(batch, classes + 1, bins, 3)[:, :classes])
@@ -358,25 +357,23 @@ def truth_counts(logits: Tensor, target: Tensor, *, ignore_index: int = IGNORE_I
     true = target.where(target != ignore_index, 0).unsqueeze(1)
     missing = 1 - logits.float().softmax(1).gather(1, true).squeeze(1).double()
     right = logits.max(1).indices == target
-    return _sums(row, batch * (classes + 1), missing, right)[:, [0, 2, 1]].view(batch, classes + 1, 3)[:, :classes]
+    return _sums(row, batch * (classes + 1), right, missing).view(batch, classes + 1, 3)[:, :classes]
 
 
-def region_counts(logits: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Confusion counts of true regions instead of pixels, (B, C, C) int64: a region, all pixels of a class in an image,
-    is given the class of its largest mean logit.
+def region_prediction(logits: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Labels decided region by region, (B, H, W) int64: a region, all pixels of one true class in an image, is called
+    the class of its largest mean logit.
 
-    logits: (B, C, H, W) float;  target: (B, H, W) integers in [0, C), or ignore_index
+    logits: (B, C, H, W) float;  target: (B, H, W) integers in [0, C), or ignore_index (these pixels are one region)
     Where the logits are a linear function of features, so is their mean: what a linear classifier makes of the mean
-    feature of a region (Region Rebalance, Sec. 3.3.1). On the device of the logits. Raises ValueError as
-    `calibration_counts`.
+    feature of a region (Region Rebalance, Sec. 3.3.1). In the confusion counts of one image a region is one entry. On
+    the device of the logits. Raises ValueError as `calibration_counts`.
     """
     _, row = _rows(logits, target, ignore_index)
     batch, classes = logits.shape[:2]
     total = logits.new_zeros(batch * (classes + 1), classes, dtype=torch.float64)
     total.index_add_(0, row.flatten(), logits.movedim(1, -1).reshape(-1, classes).double())
-    called = total.view(batch, classes + 1, classes)[:, :classes].max(-1).indices  # of the sum as of the mean
-    shown = row.flatten().bincount(minlength=len(total)).view(batch, classes + 1)[:, :classes] > 0
-    return F.one_hot(called, classes) * shown.unsqueeze(-1)
+    return total.max(1).indices[row]  # the largest sum is the largest mean
 
 
 def _rows(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -452,7 +449,7 @@ def interval(
     replicates: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
-    within: tuple[float, float] = ANY,
+    within: tuple[float, float] = UNBOUNDED,
 ) -> tuple[Any, Any, Any]:
     """Score of one method with its interval over test images and training seeds: (value, low, high).
 
@@ -520,7 +517,7 @@ def bootstrap(
     replicates: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
-    within: tuple[float, float] = ANY,
+    within: tuple[float, float] = UNBOUNDED,
 ) -> tuple[Any, Any, Any]:
     """Any score of sums over images with its interval over test images and seeds, as `interval`: (value, low, high).
 
@@ -542,7 +539,7 @@ def bootstrap(
 
 
 def with_limits(
-    scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int, within: tuple[float, float] = ANY
+    scores: np.ndarray, samples: np.ndarray, confidence: float, *, images: int, within: tuple[float, float] = UNBOUNDED
 ) -> tuple[Any, Any, Any]:
     """Mean over seeds with its interval over images and seeds, as in `interval`: (value, low, high).
 
@@ -601,4 +598,5 @@ def nanmean(values: Array) -> Array:
 
 
 def _zero_nan(values: Array) -> Array:
-    return values.nan_to_num(nan=0.0) if isinstance(values, Tensor) else np.nan_to_num(values, nan=0.0)
+    present = values == values
+    return values.where(present, 0) if isinstance(values, Tensor) else np.where(present, values, 0)

@@ -465,6 +465,21 @@ def test_kept_studies_agree_with_what_is_said_of_them(study, title):
     pd.testing.assert_frame_equal(written, analysis.run_table(runs), check_dtype=False)
 
 
+def test_what_is_said_of_single_trainings_on_photographs():
+    text = " ".join((Path(__file__).parents[1] / "results" / "README.md").read_text().split())
+    first = [run for run in results.kept("camvid_cpu") if run.experiment.seed == 0]
+    alone = analysis.means(first, baseline="ce").set_index(["metric", "method"]).loc["miou", ["value", "low", "high"]]
+    (value, low, high), (blv, blv_low, blv_high) = (-100 * alone.loc[m].to_numpy() for m in ("region_rebalance", "blv"))
+    assert f"{blv:.1f}" == f"{value:.1f}", "as far"
+    said = f"seed 0 alone had region rebalance {value:.1f} points of mIoU below cross-entropy [{high:.1f}, {low:.1f}] "
+    assert said + f"and BLV as far, [{blv_high:.1f}, {blv_low:.1f}]" in text
+    plain = [run.confusion("test").sum(0) for run in results.kept("ccp_cpu") if run.experiment.method == "ce"]
+    found = [int((metrics.iou(counts) > 0).sum()) for counts in plain]
+    assert f"finds {min(found)} to {max(found)} of the {(plain[0].sum(1) > 0).sum()} classes" in text
+    assert int((results.kept("ccp_cpu")[0].counts().pixels == 0).sum()) == 4
+    assert "Four classes have no training pixel" in text
+
+
 def test_majority_rule():
     def judged(count, number):
         part = analysis.Majority("cars", count, number)
@@ -547,7 +562,7 @@ def test_gain_with_classes(make_run, monkeypatch):
 
     studies = {"camvid_cpu": study("camvid", (0, 1), shares=[0.01]), "ccp_cpu": study("ccp", (0, 1, 2))}
     monkeypatch.setattr(analysis, "kept", studies.__getitem__)
-    found = analysis.gain_with_classes("medoe")
+    found, else_equal = analysis.gain_with_classes("medoe")
     gain = {k: analysis.means(runs, baseline="ce").set_index("metric").loc["miou"] for k, runs in studies.items()}
     few, many = (gain[k] for k in ("camvid_cpu", "ccp_cpu"))
     value = many["value"] - few["value"]
@@ -556,6 +571,7 @@ def test_gain_with_classes(make_run, monkeypatch):
     np.testing.assert_allclose(found.limits, (value, low, high))
     assert value > 0
     assert (found.seeds, found.expected) == (2, "positive")
+    assert else_equal.holds is None
     assert f"camvid (3 classes) {100 * few['value']:+.1f} and ccp (3 classes) {100 * many['value']:+.1f}" in found.what
 
 
@@ -671,6 +687,16 @@ def test_levels_stay_within_their_range(make_run):
     assert free.min() < 0 or free.max() > 1, "Student's t over three seeds leaves the range"
     cut = analysis.per_class(few).query("metric == 'acc'")[["low", "high"]].to_numpy().T
     np.testing.assert_array_equal(cut, free.clip(0, 1))
+
+
+def test_ranked_by_the_mean_of_one_metric_keeps_the_rows_of_a_method_together():
+    scores = {"a": (0.1, 0.9), "b": (0.3, 0.2), "c": (0.2, 0.5)}
+    rows = [(m, *at) for m, both in scores.items() for at in zip(("miou", "macc"), both, strict=True)]
+    table = pd.DataFrame(rows, columns=["method", "metric", "value"])
+    by_miou, by_macc = analysis.ranked(table), analysis.ranked(table, "macc")
+    assert (by_miou["method"] + by_miou["metric"]).tolist() == ["bmiou", "bmacc", "cmiou", "cmacc", "amiou", "amacc"]
+    assert by_macc["method"].drop_duplicates().tolist() == ["a", "c", "b"]
+    pd.testing.assert_frame_equal(by_miou.sort_index(), table)
 
 
 def test_readable_tables(runs):

@@ -269,6 +269,8 @@ def test_intervals_add_images_and_seeds():
     value, low, high = interval(one, lambda v: v[..., 0])
     assert np.allclose((low, high), np.quantile(one.replicates[0, :, 0], [0.025, 0.975]))  # one seed
     assert interval(by_class([of_image + 3], pixels, C), lambda v: v[..., 0], less=one) == pytest.approx((3, 3, 3))
+    wide = interval(by_class(constant, pixels, C), lambda v: v[..., 0], within=(0, 4))
+    assert wide == pytest.approx((7 / 3, 0, 4))  # cut off at the range
 
 
 def test_log_ratio_of_groups():

@@ -274,15 +274,26 @@ def test_posthoc_logit_adjustment_turns_the_posterior_into_the_balanced_one(netw
     torch.testing.assert_close(network(image).logits.double().softmax(1), balanced, rtol=1e-4, atol=1e-6)
 
 
-def test_tau_zero_and_absent_classes(network):
+def test_posthoc_logit_adjustment_of_tau_zero_changes_nothing(network):
     image, _ = batch()
     plain = network.eval()(image).logits
-    adjusted = copy.deepcopy(network)
-    posthoc_logit_adjustment(adjusted, COUNTS, tau=0.0)
-    assert torch.equal(adjusted(image).logits, plain)
-    absent = ClassCounts(torch.tensor([5, 4, 3, 0]), torch.tensor([1, 1, 1, 0]))
-    posthoc_logit_adjustment(network, absent)
-    assert network(image).logits.isfinite().all()
+    posthoc_logit_adjustment(network, COUNTS, tau=0.0)
+    assert torch.equal(network(image).logits, plain)
+
+
+@pytest.mark.parametrize("prior", ["pixel", "region"])
+def test_posthoc_logit_adjustment_favours_no_class_that_never_occurred(network, prior):
+    image, _ = batch()
+    network.classifier.bias.data[3] = -2.0
+    plain = network.eval()(image).logits
+    assert (plain.argmax(1) != 3).all()
+    counts = ClassCounts(torch.tensor([5000, 400, 300, 0]), torch.tensor([90, 80, 70, 0]))
+    posthoc_logit_adjustment(network, counts, prior=prior)
+    found = network(image).logits
+    offset = (found - plain).mean((0, 2, 3))
+    assert (offset[:2] < offset[1:3]).all(), "the rarer, the more"
+    torch.testing.assert_close(offset[3], offset[0])
+    assert (found.argmax(1) != 3).all()
 
 
 # --- total direct effect -----------------------------------------------------------------------------------

@@ -116,12 +116,16 @@ def posthoc_logit_adjustment(
 ) -> list[Stage]:
     """Predict with z_k - tau log pi_k (Menon et al., ICLR 2021, Eq. 9). tau 0 changes nothing.
 
-    prior: what pi_k is the share of: pixels, or images that contain the class ("region"); counts of 0 enter as 1.
+    prior: what pi_k is the share of: pixels, or images that contain the class ("region")
+    For a class that never occurs, of which Eq. 9 says nothing (log 0), log pi_k is the largest one: with tau >= 0 it
+    wins no pixel that it did not win before. Counted as one pixel it would win nearly all.
     Raises UserError for a tau that is not finite, and for another prior.
     """
     _require("tau", tau, True, "finite")
     sizes = class_sizes(counts, prior)
-    network.classifier = PerClassAffine(network.classifier, offset=-tau * (sizes / sizes.sum()).log())
+    log_prior = (sizes / sizes.sum()).log()
+    offset = -tau * log_prior.where(counts.pixels > 0, log_prior.max())
+    network.classifier = PerClassAffine(network.classifier, offset=offset)
     return [untrained("posthoc_logit_adjustment", network, counts)]
 
 
@@ -155,7 +159,8 @@ def tde(network: SegmentationNetwork, counts: ClassCounts, *, alpha: float = 1.0
     d = m / |m|, m the mean feature of the labelled training pixels; see `Deconfounded` for alpha, 0 of which changes
     nothing. Differs: the authors train with a normalised classifier of several heads, and m is a moving average over
     the training; here both are of the finished network, linear or cosine. In their detectors the background is left
-    out of m and keeps its score; a segmentation need not have one. Raises UserError for an alpha that is not finite.
+    out of m and keeps its score; a segmentation need not have one. A class without training pixels may win some: what
+    the classifier learned against it lies partly along d. Raises UserError for an alpha that is not finite.
     """
     _require("alpha", alpha, True, "finite")
     classifier = Deconfounded(network.classifier, alpha)
