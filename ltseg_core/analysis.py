@@ -215,7 +215,7 @@ def _resampled(group: Sequence[Run], split: str, replicates: int) -> metrics.Res
     return _resampled_once(tuple((run, run.written()) for run in group), split, replicates)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def _resampled_once(group: tuple[tuple[Run, int], ...], split: str, replicates: int) -> metrics.Resampled:
     """Kept for the next table of the same runs."""
     return metrics.resample(counts_of([run for run, _ in group], split), replicates=replicates)
@@ -354,13 +354,8 @@ def frequency_correlations(
 def ranked(table: pd.DataFrame, metric: str = "miou") -> pd.DataFrame:
     """The rows of a table like that of `means`, its methods by falling value of one metric, which each must have."""
     metric = choose("metric", metric, table["metric"].unique())
-    best = (
-        table[table["metric"] == metric]
-        .sort_values("value", ascending=False, kind="stable")["method"]
-        .unique()
-        .tolist()
-    )
-    return table.sort_values("method", key=lambda methods: methods.map(best.index), kind="stable")
+    best = table[table["metric"] == metric].sort_values("value", ascending=False, kind="stable")["method"].unique()
+    return table.sort_values("method", key=lambda methods: methods.map(list(best).index), kind="stable")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:

@@ -43,7 +43,7 @@ def canonical(kind: str, values: Mapping[str, Any], valid: Iterable[str]) -> dic
     """`values` under the names `choose` finds for theirs; refuses unknown names and one given twice (`a`, `A`)."""
     valid, named = list(valid), {}
     for name, value in values.items():
-        chosen = choose(kind, name, valid)
+        chosen = name if name in valid else choose(kind, name, valid)
         if chosen in named:
             raise UserError(f"{kind} {chosen!r} is given twice, also as {name!r}: keep one")
         named[chosen] = value

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -131,10 +131,13 @@ def confusion(
     return whole
 
 
+Name = TypeVar("Name")
+
+
 @torch.inference_mode()
 def tally(
-    maps: Iterable[tuple[Tensor, Tensor]], rules: Mapping[str, Callable[[Tensor, Tensor], Tensor]], num_classes: int
-) -> dict[str, np.ndarray]:
+    maps: Iterable[tuple[Tensor, Tensor]], rules: Mapping[Name, Callable[[Tensor, Tensor], Tensor]], num_classes: int
+) -> dict[Name, np.ndarray]:
     """Confusion counts of each image under several rules, (N, C, C) integers, from one pass over `logit_maps`.
 
     rules: (logits (1, C', H, W), target (1, H, W)) -> labels (1, H, W); C' = C but for networks with several heads

@@ -635,15 +635,21 @@ LOSSES: dict[str, type[PixelLoss]] = {
 # --- the mathematics shared by several losses --------------------------------------------------------------
 
 
-def class_sizes(counts: ClassCounts, prior: Prior, absent: Literal["one", "rarest"] = "one") -> Tensor:
+def class_sizes(counts: ClassCounts, prior: Prior, absent: Literal["one", "rarest", "most frequent"] = "one") -> Tensor:
     """n_k of pixels or images, (C,) on the CPU. A class that never occurs counts as 1: its logarithm stays finite.
 
     absent="rarest": it counts as the rarest class that occurs, so that it cannot set the scale of the others. So in
     weights, margins and noise, which are divided by a sum or a largest value over all classes.
+    absent="most frequent": it counts as that class. So where a prediction is to favour what is rare, not what is not.
     """
     sizes = (counts.images if prior == "region" else counts.pixels).to("cpu", _TABLE)
-    floor = sizes.where(sizes > 0, sizes.max()).min() if absent == "rarest" else torch.ones((), dtype=_TABLE)
-    return sizes.clamp(min=floor.clamp(min=1))
+    occurs, largest = sizes > 0, sizes.max()
+    counted_as = {
+        "one": torch.ones_like(largest),
+        "rarest": sizes.where(occurs, largest).min(),
+        "most frequent": largest,
+    }
+    return sizes.where(occurs, counted_as[absent].clamp(min=1))
 
 
 def pixels_of_classes(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:

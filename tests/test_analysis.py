@@ -471,6 +471,9 @@ def test_what_is_said_of_single_trainings_on_photographs():
     alone = analysis.means(first, baseline="ce").set_index(["metric", "method"]).loc["miou", ["value", "low", "high"]]
     (value, low, high), (blv, blv_low, blv_high) = (-100 * alone.loc[m].to_numpy() for m in ("region_rebalance", "blv"))
     assert f"{blv:.1f}" == f"{value:.1f}", "as far"
+    over_seeds = analysis.means(results.kept("camvid_cpu"), baseline="ce").set_index(["metric", "method"]).loc["miou"]
+    assert over_seeds["low"]["region_rebalance"] < 0 < over_seeds["high"]["region_rebalance"], "the first is open"
+    assert over_seeds["high"]["blv"] < 0, "the second stands"
     said = f"seed 0 alone had region rebalance {value:.1f} points of mIoU below cross-entropy [{high:.1f}, {low:.1f}] "
     assert said + f"and BLV as far, [{blv_high:.1f}, {blv_low:.1f}]" in text
     plain = [run.confusion("test").sum(0) for run in results.kept("ccp_cpu") if run.experiment.method == "ce"]

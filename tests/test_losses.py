@@ -14,6 +14,7 @@ from ltseg_core.config import IGNORE_INDEX, UserError
 from ltseg_core.losses import (
     LOSSES,
     add_variation,
+    class_sizes,
     cross_entropy,
     mean_over_valid,
     mean_variation,
@@ -979,6 +980,13 @@ def test_counts_of_another_type_are_refused(counts):
 def test_counts_that_are_all_zero_are_refused():
     with pytest.raises(UserError, match="the counts of all 3 classes are 0"):
         build_loss("ce", ClassCounts(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long)))
+
+
+@pytest.mark.parametrize(("prior", "sizes"), [("pixel", [900, 40, 3]), ("region", [30, 20, 2])])
+def test_sizes_of_classes_that_never_occur(prior, sizes):
+    counts = ClassCounts(torch.tensor([900, 0, 40, 3]), torch.tensor([30, 0, 20, 2]))
+    for absent, expected in (("one", 1), ("rarest", min(sizes)), ("most frequent", max(sizes))):
+        assert class_sizes(counts, prior, absent).tolist() == [sizes[0], expected, *sizes[1:]]
 
 
 @pytest.mark.parametrize("name", LOSSES)

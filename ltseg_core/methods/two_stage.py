@@ -117,15 +117,13 @@ def posthoc_logit_adjustment(
     """Predict with z_k - tau log pi_k (Menon et al., ICLR 2021, Eq. 9). tau 0 changes nothing.
 
     prior: what pi_k is the share of: pixels, or images that contain the class ("region")
-    For a class that never occurs, of which Eq. 9 says nothing (log 0), log pi_k is the largest one: with tau >= 0 it
+    A class that never occurs, of which Eq. 9 says nothing (log 0), counts as the most frequent one: with tau >= 0 it
     wins no pixel that it did not win before. Counted as one pixel it would win nearly all.
     Raises UserError for a tau that is not finite, and for another prior.
     """
     _require("tau", tau, True, "finite")
-    sizes = class_sizes(counts, prior)
-    log_prior = (sizes / sizes.sum()).log()
-    offset = -tau * log_prior.where(counts.pixels > 0, log_prior.max())
-    network.classifier = PerClassAffine(network.classifier, offset=offset)
+    sizes = class_sizes(counts, prior, "most frequent")
+    network.classifier = PerClassAffine(network.classifier, offset=-tau * (sizes / sizes.sum()).log())
     return [untrained("posthoc_logit_adjustment", network, counts)]
 
 
