@@ -640,7 +640,8 @@ def class_sizes(counts: ClassCounts, prior: Prior, absent: Literal["one", "rares
 
     absent="rarest": it counts as the rarest class that occurs, so that it cannot set the scale of the others. So in
     weights, margins and noise, which are divided by a sum or a largest value over all classes.
-    absent="most frequent": it counts as that class. So where a prediction is to favour what is rare, not what is not.
+    absent="most frequent": it counts as the most frequent class, so that a prediction that favours rare classes does
+    not favour one that never occurs.
     """
     sizes = (counts.images if prior == "region" else counts.pixels).to("cpu", _TABLE)
     occurs, largest = sizes > 0, sizes.max()

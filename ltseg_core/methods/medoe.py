@@ -332,54 +332,52 @@ class ExpertCriterion(nn.Module):
         own = expert_target(target, labels) if narrow else target
         restricted = self.softmax == "own" and narrow
         if self.alpha and self.kl == "batch":
-            loss, z, y, others = cross_entropy_and_mean(logits, own, outside)
+            loss, z, y = cross_entropy_and_mean(logits, own)
         else:
-            loss, z, y, others = None, logits, own, logits.index_select(1, outside)
+            loss, z, y = None, logits, own
         if loss is None or restricted:
             loss = cross_entropy(logits.index_fill(1, outside, -math.inf) if restricted else logits, own)
         if self.alpha and self.l2 != "none" and narrow:
             pixels = own if self.l2_pixels == "own" else target
-            loss = loss + self.alpha * outside_norm(others, pixels, self.l2)
+            loss = loss + self.alpha * outside_norm(logits.index_select(1, outside), pixels, self.l2)
         if self.alpha and self.kl != "none":
             loss = loss + self.alpha * prior_divergence(z, y, labels, self.log_prior)
         return loss
 
 
-def cross_entropy_and_mean(logits: Tensor, target: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cross_entropy_and_mean(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cross-entropy; the mean softmax of the valid pixels, as logits (1, C, 1, 1) of a single pixel up to a
-    constant; the target (1, 1, 1) of that pixel: ignored if there are none, else valid; and the logits `outside`."""
-    nll, mass, others = SoftmaxSums.apply(logits, target, outside)
+    constant; and the target (1, 1, 1) of that pixel: ignored if there are none, else valid."""
+    nll, mass = SoftmaxSums.apply(logits, target)
     number = (target != IGNORE_INDEX).sum()
     mean = mass.clamp(min=torch.finfo(mass.dtype).tiny).log().view(1, -1, 1, 1)
-    return nll / number.clamp(min=1), mean, torch.where(number > 0, 0, IGNORE_INDEX).view(1, 1, 1), others
+    return nll / number.clamp(min=1), mean, torch.where(number > 0, 0, IGNORE_INDEX).view(1, 1, 1)
 
 
 class SoftmaxSums(torch.autograd.Function):
-    """(-sum_u log p_{u,y_u}, sum_u p_uk, z_uk of `outside`), p = softmax(z): a scalar, (C,) and (B, N, H, W). Sums are
-    over the valid pixels u.
+    """(-sum_u log p_{u,y_u}, sum_u p_uk) over the valid pixels u, p = softmax(z): a scalar and (C,).
 
-    apply(logits (B, C, H, W) float32 or float64, target (B, H, W) int64, outside (N,) int64). All that an expert's loss
-    reads of its logits, in fewer passes over maps of all classes than autograd makes. With their gradients a, g and h,
-    that of z_uk is  p_uk (a + g_k - sum_j g_j p_uj) - a [k = y_u] + h_uk [k outside].  It has no second derivative.
+    apply(logits (B, C, H, W) float32 or float64, target (B, H, W) int64). All that L_ce^i and the batch's p_i need, in
+    fewer passes over maps of all classes than autograd makes. With the gradients a of the first sum and g of the other,
+    that of z_uk is  p_uk (a + g_k - sum_j g_j p_uj) - a [k = y_u].  It has no second derivative.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         log_p = logits.log_softmax(1)
         nll = F.nll_loss(log_p, target, ignore_index=IGNORE_INDEX, reduction="sum")
         p = log_p.exp_().mul_((target != IGNORE_INDEX).unsqueeze(1).to(log_p.dtype))
-        ctx.save_for_backward(p, target, outside)
-        return nll, p.sum((0, 2, 3)), logits.index_select(1, outside)
+        ctx.save_for_backward(p, target)
+        return nll, p.sum((0, 2, 3))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, a: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, None, None]:
-        p, target, outside = ctx.saved_tensors
+    def backward(ctx: Any, a: Tensor, g: Tensor) -> tuple[Tensor, None]:
+        p, target = ctx.saved_tensors
         gradient = p * g.view(1, -1, 1, 1)
         gradient.addcmul_(p, a - gradient.sum(1, keepdim=True))
         target, valid = target.unsqueeze(1), (target != IGNORE_INDEX).unsqueeze(1)
-        gradient.scatter_add_(1, target.where(valid, 0), valid * -a)
-        return gradient.index_add_(1, outside, h), None, None
+        return gradient.scatter_add_(1, target.where(valid, 0), valid * -a), None
 
 
 def outside_norm(logits: Tensor, target: Tensor, form: str = "pixel") -> Tensor:

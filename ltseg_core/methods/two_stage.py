@@ -117,8 +117,9 @@ def posthoc_logit_adjustment(
     """Predict with z_k - tau log pi_k (Menon et al., ICLR 2021, Eq. 9). tau 0 changes nothing.
 
     prior: what pi_k is the share of: pixels, or images that contain the class ("region")
-    A class that never occurs, of which Eq. 9 says nothing (log 0), counts as the most frequent one: with tau >= 0 it
-    wins no pixel that it did not win before. Counted as one pixel it would win nearly all.
+    A class that never occurs, of which Eq. 9 says nothing (log 0), counts as the most frequent one (which shifts
+    all logits alike): with tau >= 0 it wins no pixel that it did not win before. Counted as one pixel it would win
+    nearly all.
     Raises UserError for a tau that is not finite, and for another prior.
     """
     _require("tau", tau, True, "finite")
