@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
-from torch import nn
+import torch
 
 from ltseg_core import evaluate, metrics, stats
 from ltseg_core.config import Experiment, UserError, choose, data_root
@@ -292,34 +292,57 @@ def head_lead(sources: np.ndarray) -> tuple[float, float, float]:
 
 
 def tail_distances(
-    before: nn.Module,
-    after: Mapping[str, nn.Module],
+    runs: Iterable[Run],
     dataset: SegmentationDataset,
     groups: Sequence[str],
     *,
-    precision: str = "fp32",
-) -> dict[str, np.ndarray]:
-    """Distance of head pixels to the nearest tail pixel of their image, in pixels of the label, (P,) float32 each.
+    baseline: str = "ce",
+    device: str | torch.device = "cpu",
+) -> dict[tuple[str, int], np.ndarray]:
+    """Distance of head pixels to the nearest tail pixel of their image, in pixels of the label, by method and seed,
+    (P,) float32 each.
 
-    "all": every head pixel;  a name of `after`: its new errors, the head pixels that `before` gets right and this
-    network calls a tail class (MEDOE, Appendix A.7). Images without a tail pixel have no distance and are left out.
-    groups: C names, see `stats.groups`;  precision: that of the runs
+    "all": every head pixel;  a method: its new errors, the head pixels that the baseline of the same seed gets right
+    and this network calls a tail class (MEDOE, Appendix A.7). Images without a tail pixel have no distance and are left
+    out.
+    groups: C names, see `stats.groups`
+    Raises UserError for runs that cannot be compared (`by_method`), or are kept without weights.
     """
     from scipy.ndimage import distance_transform_edt
 
     head, tail = (np.flatnonzero(np.asarray(groups) == name) for name in ("head", "tail"))
     near = [i for i in range(len(dataset)) if np.asarray(dataset.histogram(i))[tail].any()]
-    found: dict[str, list[np.ndarray]] = {name: [] for name in ("all", *after)}
-    maps = [evaluate.predictions(n, dataset, near, precision=precision) for n in (before, *after.values())]
-    for pairs in zip(*maps, strict=True):
-        label = pairs[0][1].cpu().numpy()
-        old, *new = (predicted.cpu().numpy() for predicted, _ in pairs)
-        away = distance_transform_edt(~np.isin(label, tail)).astype(np.float32)
-        chosen = np.isin(label, head)
-        found["all"].append(away[chosen])
-        for name, predicted in zip(after, new, strict=True):
-            found[name].append(away[chosen & (old == label) & np.isin(predicted, tail)])
+    table = by_method(runs)
+    found: dict[tuple[str, int], list[np.ndarray]] = {}
+    for of_seed in zip(_reference(table, baseline), *table.values(), strict=True):
+        e = of_seed[0].experiment
+        networks = [run.network().to(device) for run in of_seed]
+        maps = [evaluate.predictions(network, dataset, near, precision=e.precision) for network in networks]
+        errors = [found.setdefault((name, e.seed), []) for name in ("all", *table)]
+        for pairs in zip(*maps, strict=True):
+            label = pairs[0][1].cpu().numpy()
+            old, *new = (predicted.cpu().numpy() for predicted, _ in pairs)
+            away = distance_transform_edt(~np.isin(label, tail)).astype(np.float32)
+            chosen = np.isin(label, head)
+            fresh = [chosen & (old == label) & np.isin(predicted, tail) for predicted in new]
+            for own, pixels in zip(errors, (chosen, *fresh), strict=True):
+                own.append(away[pixels])
     return {name: np.concatenate([np.zeros(0, np.float32), *parts]) for name, parts in found.items()}
+
+
+def alarms_beside_tail(
+    runs: Sequence[Run], groups: Sequence[str], *, split: str = "test"
+) -> tuple[float, float, float]:
+    """Share of the head pixels called a tail class that lie in images with a tail pixel, of one method's runs, with its
+    interval over test images and seeds: (value, low, high); NaN where no head pixel is called so.
+
+    groups: C names, see `stats.groups`
+    """
+    counts = counts_of(runs, split)  # (S, N, C, C)
+    head, tail = (np.flatnonzero(np.asarray(groups) == name) for name in ("head", "tail"))
+    called, shows = counts[:, :, head][..., tail].sum((2, 3)), counts[:, :, tail].sum((2, 3)) > 0
+    with np.errstate(invalid="ignore"):
+        return metrics.bootstrap(np.stack([called * shows, called], -1), lambda n: n[..., 0] / n[..., 1], within=(0, 1))
 
 
 def frequency_correlations(

@@ -272,29 +272,51 @@ class Reads(torch.nn.Module):
         return Output(image, -((255 * image[:, self.channel, None] - classes) ** 2))
 
 
-def test_distances_to_the_nearest_tail_pixel():
+def test_distances_to_the_nearest_tail_pixel(make_run, monkeypatch):
     rng = np.random.default_rng(0)
     labels = rng.choice(np.array([0, 1, 255], np.uint8), (5, 9, 7), p=[0.7, 0.2, 0.1])
     predicted = rng.integers(0, 3, (5, 9, 7, 3), dtype=np.uint8)
     labels[0, 2, 3] = labels[3, 8, 0] = labels[3, 1, 1] = 2  # no tail pixel in the other images
-    expected = {"all": [], "a": [], "b": []}
+    names = ("blv", "pat")
+    expected = {(name, 3): [] for name in ("all", *names)}
     for i in (0, 3):
         tail = np.argwhere(labels[i] == 2)
         for pixel in np.argwhere(labels[i] == 0):
             away = np.sqrt(((tail - pixel) ** 2).sum(1).min())
             before, *after = predicted[i][tuple(pixel)]
-            for name, new in [("all", 2), *zip("ab", after, strict=True)]:
+            for name, new in [("all", 2), *zip(names, after, strict=True)]:
                 if new == 2 and (name == "all" or before == 0):
-                    expected[name].append(away)
-    networks = [Reads(channel) for channel in range(3)]
+                    expected[name, 3].append(away)
+    channel = {"ce": 0, "blv": 1, "pat": 2}
+    monkeypatch.setattr(Run, "network", lambda run: Reads((channel[run.experiment.method] + run.experiment.seed) % 3))
+    runs = [make_run(confusions(0), seed=seed, method=m) for m in channel for seed in (3, 4)]
     dataset, groups = Drawn(labels, predicted), ["head", "body", "tail"]
-    found = analysis.tail_distances(networks[0], dict(zip("ab", networks[1:], strict=True)), dataset, groups)
-    assert list(found) == list(expected)
+    found = analysis.tail_distances(runs, dataset, groups)
+    assert list(found) == [(name, seed) for seed in (3, 4) for name in ("all", *names)]
     for name in expected:
         np.testing.assert_allclose(np.sort(found[name]), np.sort(expected[name]), rtol=1e-6)
-    assert len(found["a"]) > 5
-    nowhere = analysis.tail_distances(networks[0], {"a": networks[1]}, Drawn(labels[1:2], predicted[1:2]), groups)
-    assert {name: len(x) for name, x in nowhere.items()} == {"all": 0, "a": 0}
+    assert len(found["blv", 3]) > 5
+    np.testing.assert_array_equal(found["all", 4], found["all", 3])
+    assert len(found["blv", 4]) != len(found["blv", 3]), "each seed has its own networks"
+    nowhere = analysis.tail_distances(runs, Drawn(labels[1:2], predicted[1:2]), groups)
+    assert nowhere.keys() == found.keys()
+    assert not any(map(len, nowhere.values()))
+
+
+def test_false_alarms_in_images_that_show_the_tail(make_run):
+    counts = np.zeros((2, 4, 3, 3), int)
+    counts[:, :, 0, 2] = [[1, 2, 3, 4], [0, 0, 5, 5]]  # head pixels called tail
+    counts[:, :, 1, 2] = 100  # those of the body do not count
+    counts[:, 2, 2, 1] = 7  # only the third image shows the tail
+    runs = [make_run(c, seed=seed) for seed, c in enumerate(counts)]
+    groups = ["head", "body", "tail"]
+    value, low, high = analysis.alarms_beside_tail(runs, groups)
+    assert value == pytest.approx((3 / 10 + 5 / 10) / 2)
+    assert 0 <= low < value < high <= 1
+    assert analysis.alarms_beside_tail(runs[:1], groups)[0] == pytest.approx(3 / 10)
+    counts[:, :, 0, 2] = 0
+    silent = make_run(counts[0], seed=9)
+    assert np.isnan(analysis.alarms_beside_tail([silent], groups)).all()
 
 
 def test_correlation_with_frequency():

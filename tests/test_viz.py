@@ -621,6 +621,20 @@ def test_costs_are_dots_on_a_logarithmic_axis_with_intervals_and_a_reference() -
     assert np.isnan([ln.get_xdata()[0] for ln in axes[1].lines[1:]]).sum() == 3  # no memory of medoe, no reference
 
 
+def test_levels_stand_beside_what_is_usual() -> None:
+    far, share = "distance (px)", "share (%)"
+    rows = [("blv", far, 7, 0, 13), ("pat", far, 16, 12, 19), ("blv", share, 84, 73, 93)]
+    table = pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high"])
+    axes = viz.plot_levels(table, {far: 29, share: 89})
+    assert [ax.get_xlabel() for ax in axes] == [far, share]
+    assert [ax.lines[0].get_xdata()[0] for ax in axes] == [29, 89]
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["BLV", "PAT"]
+    assert [s.tolist() for s in segments(axes[0])] == [[[0.0, 0.0], [13.0, 0.0]], [[12.0, 1.0], [19.0, 1.0]]]
+    dots = [(*np.r_[ln.get_xdata()], *np.r_[ln.get_ydata()]) for ln in axes[0].lines[1:] if ln.get_marker() != "x"]
+    assert dots == [(7, 0), (16, 1)]
+    assert [ax.get_xlim()[0] for ax in axes] == [0, 0]
+
+
 def test_figures_are_drawn_on_the_axes_given() -> None:
     _, axes = viz.subplots(2, 2)
     table = score_table(3, ("ce", "blv"))

@@ -274,6 +274,25 @@ def plot_by_group(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.nda
 
 
 @_styled
+def plot_levels(table: pd.DataFrame, usual: Mapping[str, float], axes: np.ndarray | None = None) -> np.ndarray:
+    """What each method has as a dot with its interval, a row per method, a panel per metric that begins at 0.
+
+    table: method, metric (the label of the panel, with its unit), value, low, high, in that unit
+    usual: where a line stands for comparison, by metric. Returns the axes, (metrics,).
+    """
+    _columns(table, "method", "metric", "value", "low", "high")
+    methods, metrics = (list(dict.fromkeys(table[c])) for c in ("method", "metric"))
+    axes = _one_per_metric(axes, metrics, height=1.1 + 0.24 * len(methods), share_y=True)
+    for ax, metric in zip(axes, metrics, strict=True):
+        rows = table[table["metric"] == metric].set_index("method").reindex(methods)
+        _method_dots(ax, rows, "reference", none=usual[metric])
+        ax.set(xlabel=metric, xlim=(0, None))
+        ax.grid(axis="x")
+    _method_rows(axes[0], methods)
+    return axes
+
+
+@_styled
 def plot_costs(table: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
     """Costs in units of cross-entropy's as dots with intervals, a row per method, a panel per metric, logarithmic.
 
