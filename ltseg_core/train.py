@@ -182,20 +182,26 @@ class Learner(nn.Module):
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.network, self.criterion, self.align = stage.network, stage.criterion, stage.align
+        self.loss = stage.loss
 
     def forward(self, image: Tensor, target: Tensor, pseudo: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
         """Loss of the labelled images, plus weight x loss of `pseudo` = (image, pseudo-labels, weight), plus that of
         the stage's alignment of both.
         """
-        output = self.network(image)
-        loss = self.criterion(output, target)
+        output, loss = self._output_and_loss(image, target)
         if pseudo is not None:
             image, target, weight = pseudo
-            other = self.network(image)
-            loss = loss + weight * self.criterion(other, target)
+            other, further = self._output_and_loss(image, target)
+            loss = loss + weight * further
             if self.align is not None:
                 loss = loss + self.align(output, other)
         return loss
+
+    def _output_and_loss(self, image: Tensor, target: Tensor) -> tuple[Any, Tensor]:
+        if self.loss is not None:
+            return None, self.loss(self.network, self.criterion, image, target)
+        output = self.network(image)
+        return output, self.criterion(output, target)
 
 
 @dataclass

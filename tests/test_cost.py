@@ -224,7 +224,7 @@ def test_the_loss_alone_has_the_gradient_of_the_whole_step_and_touches_no_networ
         assert bool(own) is (name == "region_rebalance")
         optimizer.zero_grad()
         torch.manual_seed(3)
-        learner(image, target).backward()
+        learner.criterion(learner.network(image), target).backward()
         whole = [p.grad for p in learner.criterion.parameters()] + [tensor.grad for tensor in read[-1]]
         for alone, expected in zip(own + [tensor.grad for tensor in read[-2]], whole, strict=True):
             assert expected.any()

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from ltseg_core import stats
 from ltseg_core.config import IGNORE_INDEX, UserError
+from ltseg_core.cost import peak_bytes
 from ltseg_core.losses import cross_entropy
 from ltseg_core.methods import build_method
 from ltseg_core.methods.medoe import (
@@ -36,6 +38,7 @@ from ltseg_core.methods.medoe import (
 )
 from ltseg_core.models import SegmentationNetwork, build_model
 from ltseg_core.stats import ClassCounts
+from ltseg_core.train import Learner
 
 C = 6
 PIXELS = [900, 90_000, 60, 300, 50_000, 0]  # by falling count: 1 4 | 0 3 | 2 5
@@ -526,6 +529,78 @@ def test_one_expert_with_auxiliary_head_is_plain_cross_entropy_with_it():
     pairs = zip(plain.state_dict().items(), single.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for (_, a), b in pairs)
     assert not torch.equal(plain.encoder.conv.weight, without.encoder.conv.weight)
+
+
+@pytest.mark.parametrize("auxiliary_weight", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"share": "decoder"},
+        {"share": "nothing"},
+        {"order": "head_first"},
+        {"order": "head_first", "share": "decoder", "ensemble": "average"},
+        {"softmax": "own", "kl": "pixel", "ensemble": "argmax"},
+    ],
+)
+def test_experts_in_turn_learn_what_they_learn_at_once(options, auxiliary_weight):
+    """To the bit: losses, gradients and statistics of BatchNorm, also of twice the loss."""
+    built = SegmentationNetwork(Model(), auxiliary_weight=auxiliary_weight)
+    (stage,) = (stage for stage in build(built, COUNTS, **options) if stage.loss is not None)
+    assert stage.name == ("others" if "order" in options else "experts")
+    turned, at_once = learned(stage), learned(replace(stage, loss=None))
+    assert turned.keys() == at_once.keys()
+    assert sum(g is not None for g in turned.values()) > 10
+    for name, expected in at_once.items():
+        assert (turned[name] is None) if expected is None else torch.equal(turned[name], expected), name
+
+
+def learned(stage, *pseudo, bf16=False):
+    """The loss of a step, its gradients, and the buffers it leaves."""
+    stage = copy.deepcopy(stage)
+    start(stage)
+    torch.manual_seed(7)  # dropout of the auxiliary head
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        loss = Learner(stage)(*images(), *pseudo)
+    (2 * loss).backward()
+    gradients = {name: p.grad for name, p in stage.network.named_parameters()}
+    return {"loss": loss} | gradients | dict(stage.network.named_buffers())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_experts_in_turn_learn_from_pseudo_labels_too(bf16):
+    stage = build(network(), COUNTS)[0]
+    turned, at_once = (learned(s, (*images(1), 0.3), bf16=bf16) for s in (stage, replace(stage, loss=None)))
+    largest = max(float(g.abs().max()) for name, g in at_once.items() if "weight" in name)
+    relative, absolute = (0.02, 0.01 * largest) if bf16 else (1e-5, 1e-6 * largest)
+    for name, expected in at_once.items():
+        torch.testing.assert_close(turned[name], expected, rtol=relative, atol=absolute)
+    assert not torch.equal(turned["loss"], learned(stage, bf16=bf16)["loss"])
+
+
+def test_experts_with_a_common_gradient_do_not_take_turns():
+    assert [stage.loss for stage in build(network(), COUNTS, shared_gradient="all")] == [None, None]
+
+
+def test_the_maps_of_one_expert_are_in_memory_at_a_time():
+    g = torch.Generator().manual_seed(0)
+    image, target = torch.rand(2, 3, 60, 72, generator=g), torch.randint(0, C - 1, (2, 60, 72), generator=g)
+    peak = {}
+    for cuts in [(2,), (1, 2, 3)]:
+        stage = build(network(), COUNTS, cuts=cuts)[0]
+        start(stage)
+        steps = {
+            "at once": lambda: stage.criterion(stage.network(image), target).backward(),  # noqa: B023
+            "in turn": lambda: stage.loss(stage.network, stage.criterion, image, target).backward(),  # noqa: B023
+        }
+        for name, step in steps.items():
+            stage.network.zero_grad()
+            step()
+            stage.network.zero_grad()
+            peak[name, len(cuts) + 1] = peak_bytes(step, torch.device("cpu"))
+    logits = 4 * C * target.numel()  # bytes at full size
+    assert peak["at once", 4] - peak["at once", 2] > 4 * logits
+    assert peak["in turn", 4] - peak["in turn", 2] < 0.2 * logits
 
 
 @pytest.mark.parametrize("share", ["encoder", "decoder", "nothing"])

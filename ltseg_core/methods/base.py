@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ class Stage:
     sampling:  which classes each labelled image contains, (N, C) bool, -> weights (N,) in proportion to which images
                are drawn with replacement; None: every image once per epoch
     split:     of the data set, whose labelled images it learns from
+    loss:      (network, criterion, image, target) -> scalar, a cheaper way to criterion(network(image), target)
     align:     what it learns from images without labels beside their pseudo-labels; its parameters are trained and
                dropped as the criterion's
     """
@@ -52,6 +53,7 @@ class Stage:
     prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], None] | None = None
     sampling: Callable[[Tensor], Tensor] | None = None
     split: str = "train"
+    loss: Callable[[Any, Any, Tensor, Tensor], Tensor] | None = None
     align: Alignment | None = None
 
 

@@ -7,8 +7,9 @@ classifier over all C classes, and learns from the pixels whose class is in its 
     L_aux^i = sum_{k not in S_i} ||z_i^k||_2 + sum_{k in S_i} p_i^k log(p_i^k / q^k)                (Eq. 3-4)
 
 All experts learn together, or expert 1 before the others; the encoder has the gradient of expert 1 only, the others
-read it through a stop-gradient. The auxiliary head of a network that has one belongs to expert 1. A short last stage
-learns how to combine the frozen experts (Eq. 7-9), or a fixed rule does.
+read it through a stop-gradient. So no gradient joins the experts, and a step computes one after the other, forward and
+backward: of all their maps only one expert's are in memory. The auxiliary head of a network that has one belongs to
+expert 1. A short last stage learns how to combine the frozen experts (Eq. 7-9), or a fixed rule does.
 Symbols: z_i (B, C, H, W) logits of expert i, p_i = softmax(z_i), Omega valid pixels, Omega_i those with y in S_i.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -37,7 +38,7 @@ from ltseg_core.losses import (
     per_pixel,
 )
 from ltseg_core.methods.base import PixelCriterion, Stage, checked
-from ltseg_core.models import SegmentationNetwork, reinitialise
+from ltseg_core.models import Output, SegmentationNetwork, reinitialise
 from ltseg_core.stats import HEAD_SHARE, TAIL_SHARE, ClassCounts
 
 Sets = Literal["overlap", "disjoint", "disjoint_all", "all"]
@@ -137,11 +138,13 @@ def build(
         select = PixelCriterion(build_loss("ce", counts))
         last = [Stage("ensemble", combined, select, share=ensemble_share, frozen=(experts,))]
     left = 1 - sum(stage.share for stage in last)
+    loss = in_turn if shared_gradient == "head" else None
     if order == "joint" or len(labels) == 1:
-        return [Stage("experts", learner, criterion(labels), share=left), *last]
+        return [Stage("experts", learner, criterion(labels), share=left, loss=loss), *last]
+    rest = left * (1 - head_share)
     return [
         Stage("head", Experts(network, 1), criterion(labels[:1]), share=left * head_share),
-        Stage("others", learner, criterion(labels[1:]), share=left * (1 - head_share), frozen=(network,)),
+        Stage("others", learner, criterion(labels[1:]), share=rest, frozen=(network,), loss=loss),
         *last,
     ]
 
@@ -237,28 +240,30 @@ class Experts(nn.Module):
             self.others.append(own)
 
     def forward(self, image: Tensor) -> ExpertOutput:
+        outputs = [output for _, output in self.turns(image)]
+        first = outputs[0]
+        return ExpertOutput(first.features, first.logits, tuple(o.logits for o in outputs), first.auxiliary)
+
+    def turns(self, image: Tensor) -> Iterator[tuple[SegmentationNetwork, Output]]:
+        """Each expert and its output, computed when it is asked for."""
         base: Any = self.base
-        learned = self.training and not base.training  # expert 1, before the others
-        experts: tuple[Any, ...] = tuple(self.others) if learned else (base, *self.others)
+        others: Any = self.others
         if self.share == "nothing":
-            outputs = [expert(image) for expert in experts]
-            first = outputs[0]
-            return ExpertOutput(first.features, first.logits, tuple(o.logits for o in outputs), first.auxiliary)
-        maps, auxiliary = base.encode(image), None
+            yield from ((expert, expert(image)) for expert in (base, *others))
+            return
+        learned = self.training and not base.training  # expert 1, before the others
+        maps: Any = base.encode(image)
+        features: Any = None
+        auxiliary = None
         if self.share == "decoder" or not learned:
             features, auxiliary = base.decode_with_auxiliary(maps, image)
-        if self.share == "decoder":
-            seen = self._seen(features)
-            every = [features if expert is base else seen for expert in experts]
-        else:
-            seen = self._seen(maps)
-            every = [features if expert is base else expert.decode(seen) for expert in experts]
-        logits = tuple(base.resize(expert.classify(own), image) for expert, own in zip(experts, every, strict=True))
-        return ExpertOutput(every[0], logits[0], logits, auxiliary)
-
-    def _seen(self, maps: Any) -> Any:
-        """What experts 2..K read of the shared part."""
-        return maps if self.shared_gradient == "all" else _detached(maps)
+        if not learned:
+            yield base, Output(features, base.resize(base.classify(features), image), auxiliary)
+        if self.shared_gradient == "head":
+            maps, features = _detached(maps), _detached(features)
+        for expert in others:
+            own = features if self.share == "decoder" else expert.decode(maps)
+            yield expert, Output(own, base.resize(expert.classify(own), image))
 
 
 def _detached(maps: Any) -> Any:
@@ -319,11 +324,17 @@ class ExpertCriterion(nn.Module):
         self.register_buffer("log_prior", class_sizes(counts, "pixel").log())  # up to a constant
 
     def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
-        experts = zip(output.experts, self.labels, self.order, self.numbers_outside, strict=True)
-        loss = torch.stack([self.expert_loss(z, target, labels, o[:n]) for z, labels, o, n in experts]).sum()
-        if output.auxiliary is None:
+        auxiliary = (output.auxiliary, *[None] * (len(self.labels) - 1))
+        pairs = enumerate(zip(output.experts, auxiliary, strict=True))
+        return torch.stack([self.of_expert(i, z, target, own) for i, (z, own) in pairs]).sum()
+
+    def of_expert(self, number: int, logits: Tensor, target: Tensor, auxiliary: Tensor | None = None) -> Tensor:
+        """Loss of an expert, counted from 0, with that of its auxiliary logits, if any: each (B, C, H, W)."""
+        labels, outside = self.labels[number], self.order[number, : self.numbers_outside[number]]
+        loss = self.expert_loss(logits, target, labels, outside)
+        if auxiliary is None:
             return loss
-        return loss + self.auxiliary_weight * cross_entropy(output.auxiliary, expert_target(target, self.labels[0]))
+        return loss + self.auxiliary_weight * cross_entropy(auxiliary, expert_target(target, labels))
 
     def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, outside: Tensor) -> Tensor:
         """L^i for z_i (B, C, H, W), y (B, H, W), S_i (C,) bool and the other classes (C - |S_i|,) int64."""
@@ -343,6 +354,39 @@ class ExpertCriterion(nn.Module):
         if self.alpha and self.kl != "none":
             loss = loss + self.alpha * prior_divergence(z, y, labels, self.log_prior)
         return loss
+
+
+def in_turn(network: nn.Module, criterion: ExpertCriterion, image: Tensor, target: Tensor) -> Tensor:
+    """criterion(network(image), target) for experts that no gradient joins, one expert's maps in memory at a time.
+
+    The gradient of an expert's loss is taken as soon as that is known, which frees its maps before the next expert's
+    are computed; the backward pass of the result hands it on. It has no second derivative.
+    """
+    experts: Any = network.experts if isinstance(network, Combined) else network
+    losses = []
+    for number, (expert, output) in enumerate(experts.turns(image)):
+        loss = criterion.of_expert(number, output.logits, target, output.auxiliary)
+        own = [p for p in expert.parameters() if p.requires_grad]
+        with torch.autocast(image.device.type, enabled=False):
+            gradients = torch.autograd.grad(loss, own, allow_unused=True)
+        losses.append(WithGradients.apply(loss.detach(), gradients, *own))
+        del output, loss  # before the next expert
+    return torch.stack(losses).sum()
+
+
+class WithGradients(torch.autograd.Function):
+    """apply(loss, gradients, *parameters): the loss, whose gradients to the parameters (None for none) are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # handed on as they are: a copy would need their memory again
+        return None, None, *(None if g is None else g.mul_(scale) for g in gradients)
 
 
 def cross_entropy_and_mean(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
