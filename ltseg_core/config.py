@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import UnionType
@@ -227,6 +227,10 @@ class Experiment:
 
     def key(self) -> str:
         """Sixteen hexadecimal digits that are equal for equal experiments, on every machine."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
         decisive = {k: v for k, v in self.to_dict().items() if k != "checkpoint_every" and (k, v) not in _LATER.items()}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 

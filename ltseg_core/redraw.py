@@ -6,6 +6,7 @@ import contextlib
 import gc
 import graphlib
 import io
+import itertools
 import os
 import sys
 import time
@@ -54,7 +55,7 @@ def redraw(
     """
     profile = config.choose("profile", profile, config.PROFILES)
     chosen = {n.name: n for n in collection.select(names, collection.notebooks(folder))}
-    code = {name: code_as_run(n, profile) for name, n in chosen.items()}
+    code = {name: _without_checks(code_as_run(n, profile)) for name, n in chosen.items()}
     env = {
         **collection.places(runs, figures, data_root),
         **collection.headless(threads=1),
@@ -88,6 +89,12 @@ def redraw(
                 if show:
                     print(f"{name}: {error or 'drawn'}, {wall_s:.1f} s", file=sys.stderr, flush=True)
     return failed
+
+
+def _without_checks(code: Sequence[str]) -> Sequence[str]:
+    """Without the last cells where they only check the text, of which nothing is drawn."""
+    checks = itertools.takewhile(lambda cell: "text_check()" in cell and "viz.save" not in cell, reversed(code))
+    return code[: len(code) - len(list(checks))]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from traitlets.config import Config
 
 from ltseg_core import collection, results
 from ltseg_core.config import Experiment
-from ltseg_core.redraw import redraw
+from ltseg_core.redraw import _without_checks, redraw
 
 
 def write(folder, name, *cells, needs=()):
@@ -34,6 +34,8 @@ def test_redrawn_figures_are_those_of_the_kernels(tmp_path):
         f"def slow():\n    open({str(tmp_path / 'called')!r}, 'a').write('x')\n    return {{'y': np.arange(4.0)}}",
         "y = results.remembered('y', slow)['y']\nfigure, axes = viz.subplots()\naxes[0, 0].plot(y)",
         "viz.save_figure(figure, '01_line')\nviz.save_table(pd.DataFrame({'y': y}), '01_claims')\nfigure",
+        "from ltseg_core.notebook import text_check\nwith text_check():\n    "
+        f"open({str(tmp_path / 'checked')!r}, 'a').write('x')",
     )
     mark = "open({!r}, 'w')"
     write(folder, "02_fails", mark.format(str(tmp_path / "before")), "1 / 0", mark.format(str(tmp_path / "after")))
@@ -49,11 +51,19 @@ def test_redrawn_figures_are_those_of_the_kernels(tmp_path):
     assert not (tmp_path / "after").exists(), "a cell after one that failed"
     assert not (tmp_path / "needs").exists(), "a notebook whose needs failed"
     assert (tmp_path / "called").read_text() == "x", "computed by the kernel, read by the others"
+    assert (tmp_path / "checked").read_text() == "x", "the text is checked where there is one, by the kernel"
     names = sorted(p.name for p in (tmp_path / "first").iterdir())
     assert names == ["01_claims.csv", "01_line.pdf", "01_line.png", "01_line.svg"]
     for name in names:
         drawn = [(tmp_path / at / name).read_bytes() for at in ("out/figures", "first", "second")]
         assert drawn[0] == drawn[1] == drawn[2], name
+
+
+def test_only_checks_at_the_end_that_draw_nothing_are_left_out():
+    check, drawn, both = "with text_check():\n    assert x", "x = 1", "with text_check():\n    viz.save_table(x, 'x')"
+    assert _without_checks([drawn, check, check]) == [drawn]
+    for code in ([], [check, drawn], [drawn, both], [drawn]):
+        assert _without_checks(code) == code
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -135,6 +138,23 @@ def test_save_figure_writes_three_formats_with_equal_bytes_each_time(tmp_path: P
     from PIL import Image
 
     assert Image.open(first / "a.png").width == viz.WIDTH * viz.DPI
+
+
+def test_fonts_in_a_pdf_have_glyphs_and_no_tables_for_setting_text(tmp_path: Path) -> None:
+    from fontTools import subset
+    from fontTools.ttLib import TTFont
+
+    figure, axes = viz.subplots()
+    axes[0, 0].set_title("ffi AV")
+    options = subset.Options
+    data = viz.save_figure(figure, "x", tmp_path).with_suffix(".pdf").read_bytes()
+    streams = [zlib.decompress(part) for part in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", data, re.DOTALL)]
+    fonts = [TTFont(io.BytesIO(x)) for x in streams if x.startswith(b"\0\1\0\0")]
+    assert fonts
+    for font in fonts:
+        assert "glyf" in font
+        assert not {"GDEF", "GPOS", "GSUB"}.intersection(font.keys())
+    assert subset.Options is options
 
 
 def test_save_figure_draws_once_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
