@@ -226,7 +226,10 @@ class Experiment:
             raise UserError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
     def key(self) -> str:
-        """Sixteen hexadecimal digits that are equal for equal experiments, on every machine."""
+        """Sixteen hexadecimal digits that are equal for equal experiments, on every machine.
+
+        Computed once: do not change the mappings of an experiment, `dataclasses.replace` it.
+        """
         return self._key
 
     @cached_property

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -601,6 +602,24 @@ def test_the_maps_of_one_expert_are_in_memory_at_a_time():
     logits = 4 * C * target.numel()  # bytes at full size
     assert peak["at once", 4] - peak["at once", 2] > 4 * logits
     assert peak["in turn", 4] - peak["in turn", 2] < 0.2 * logits
+
+
+@pytest.mark.parametrize("share", ["encoder", "decoder", "nothing"])
+def test_nothing_of_an_expert_is_left_when_the_next_has_its_logits(share, monkeypatch):
+    alive, seen, resize = [], [], SegmentationNetwork.resize
+
+    def noted(network, logits, image):
+        full = resize(network, logits, image)
+        alive.append(sum(of() is not None for of in seen))
+        seen.append(weakref.ref(full))
+        return full
+
+    monkeypatch.setattr(SegmentationNetwork, "resize", noted)
+    stage = build(with_auxiliary(), COUNTS, share=share)[0]
+    start(stage)
+    stage.loss(stage.network, stage.criterion, *images())
+    assert len(seen) == 4, "three experts and an auxiliary head"
+    assert alive == [0, 1, 0, 0], "the auxiliary logits are there with those of expert 1"
 
 
 @pytest.mark.parametrize("share", ["encoder", "decoder", "nothing"])

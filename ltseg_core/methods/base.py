@@ -40,7 +40,8 @@ class Stage:
     sampling:  which classes each labelled image contains, (N, C) bool, -> weights (N,) in proportion to which images
                are drawn with replacement; None: every image once per epoch
     split:     of the data set, whose labelled images it learns from
-    loss:      (network, criterion, image, target) -> scalar, a cheaper way to criterion(network(image), target)
+    loss:      (network, criterion, image, target) -> scalar, a cheaper way to criterion(network(image), target); not
+               together with `align`, which needs the outputs
     align:     what it learns from images without labels beside their pseudo-labels; its parameters are trained and
                dropped as the criterion's
     """

@@ -259,11 +259,14 @@ class Experts(nn.Module):
             features, auxiliary = base.decode_with_auxiliary(maps, image)
         if not learned:
             yield base, Output(features, base.resize(base.classify(features), image), auxiliary)
+        read = features if self.share == "decoder" else maps
         if self.shared_gradient == "head":
-            maps, features = _detached(maps), _detached(features)
+            read = _detached(read)
+        del maps, features, auxiliary  # nothing is kept that no other expert reads
         for expert in others:
-            own = features if self.share == "decoder" else expert.decode(maps)
+            own = read if self.share == "decoder" else expert.decode(read)
             yield expert, Output(own, base.resize(expert.classify(own), image))
+            del own
 
 
 def _detached(maps: Any) -> Any:
@@ -363,9 +366,9 @@ def in_turn(network: nn.Module, criterion: ExpertCriterion, image: Tensor, targe
     are computed; the backward pass of the result hands it on. It has no second derivative.
     """
     experts: Any = network.experts if isinstance(network, Combined) else network
-    losses = []
-    for number, (expert, output) in enumerate(experts.turns(image)):
-        loss = criterion.of_expert(number, output.logits, target, output.auxiliary)
+    losses: list[Tensor] = []
+    for expert, output in experts.turns(image):  # enumerate would keep the output of the one before
+        loss = criterion.of_expert(len(losses), output.logits, target, output.auxiliary)
         own = [p for p in expert.parameters() if p.requires_grad]
         with torch.autocast(image.device.type, enabled=False):
             gradients = torch.autograd.grad(loss, own, allow_unused=True)
@@ -379,14 +382,17 @@ class WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
+        ctx.gradients = list(gradients)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # handed on as they are: a copy would need their memory again
-        return None, None, *(None if g is None else g.mul_(scale) for g in gradients)
+        gradients, ctx.gradients, scaled = ctx.gradients, None, []
+        while gradients:  # one by one: all at once would need their memory twice
+            g = gradients.pop()
+            scaled.append(None if g is None else g * scale)
+        return None, None, *reversed(scaled)
 
 
 def cross_entropy_and_mean(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
