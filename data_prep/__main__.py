@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_prep.camvid import CAMVID
 from data_prep.ccp import CCP
+from data_prep.cifar100 import prepare as prepare_cifar100
 from data_prep.class_stats import CLASS_STATS
 from data_prep.install import prepare_images, prepare_tables
 from data_prep.public_results import ADE20K_STATS, CITYSCAPES_STATS
@@ -18,6 +19,7 @@ from ltseg_core.config import UserError, choose, data_root
 DATASETS: dict[str, Callable[..., str]] = {
     "camvid": partial(prepare_images, CAMVID),
     "ccp": partial(prepare_images, CCP),
+    "cifar100": prepare_cifar100,
     "class_stats": partial(prepare_tables, CLASS_STATS),
     "ade20k_stats": partial(prepare_tables, ADE20K_STATS),
     "cityscapes_stats": partial(prepare_tables, CITYSCAPES_STATS),
@@ -25,6 +27,7 @@ DATASETS: dict[str, Callable[..., str]] = {
 HELP = """data sets:
   camvid            street scenes, 11 classes, 701 frames (190 MB to download, 41 MB kept)
   ccp               clothing, 59 classes, 1,004 photographs (130 MB to download, 29 MB kept)
+  cifar100          image classification, 100 classes, long-tailed (169 MB to download, 48 MB kept)
   class_stats       class counts of ADE20K, COCO-Stuff and Cityscapes (10 kB)
   ade20k_stats      published IoU and accuracy per class, 24 results on ADE20K (15 MB to download, 0.6 MB kept)
   cityscapes_stats  the same, 45 results on Cityscapes (16 MB to download, 0.1 MB kept)
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("dataset", help=", ".join(DATASETS))
     parser.add_argument("--root", type=Path, help="data root; default $LTSEG_DATA, else ./data")
-    parser.add_argument("--base-url", help="a mirror, asked for the same paths as github.com's servers")
+    parser.add_argument("--base-url", help="a mirror, asked for the same paths as the data set's servers")
     parser.add_argument("--keep-archive", action="store_true", help="keep downloads, in ROOT/.data_prep")
     options = parser.parse_args(arguments)
     try:

@@ -118,7 +118,7 @@ def prepare_images(spec: ImageSet, root: Path, *, base_url: str | None = None, k
         write_atomically(folder / "stats.json", json.dumps(spec.expected, indent=1).encode())
         write_atomically(folder / "README.md", spec.readme.encode())
 
-    done = _install(spec.name, root, build, lambda folder: check_images(spec, folder), keep=keep_archive)
+    done = install(spec.name, root, build, lambda folder: check_images(spec, folder), keep=keep_archive)
     sizes = ", ".join(f"{len(stems)} {split}" for split, stems in spec.splits.items())
     return f"{done}: {sizes} images; every class count is as expected"
 
@@ -213,7 +213,7 @@ def prepare_tables(spec: TableSet, root: Path, *, base_url: str | None = None, k
             write_atomically(folder / name, content)
         write_atomically(folder / "README.md", spec.readme.encode())
 
-    done = _install(spec.name, root, build, lambda folder: check_tables(spec, folder), keep=keep_archive)
+    done = install(spec.name, root, build, lambda folder: check_tables(spec, folder), keep=keep_archive)
     return f"{done}: {len(spec.sha256)} tables; every checksum is as expected"
 
 
@@ -232,7 +232,7 @@ def check_tables(spec: TableSet, folder: Path) -> None:
             raise UserError(f"{path}: checksum differs: SHA-256 of its values is {found}, expected {expected}")
 
 
-def _install(
+def install(
     name: str,
     root: Path,
     build: Callable[[Path, Path], None],

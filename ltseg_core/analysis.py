@@ -621,6 +621,28 @@ def judge_on_photographs(
     return pd.concat(tables)
 
 
+def in_networks() -> dict[str, list[Run]]:
+    """Kept runs of each paper's method on the embedded scenes in other networks, by architecture and encoder."""
+    networks: dict[str, list[Run]] = {}
+    for run in kept("quick_networks"):
+        networks.setdefault(f"{run.experiment.architecture} with {run.experiment.encoder}", []).append(run)
+    return networks
+
+
+def judge_in_networks(tests: Mapping[str, Sequence[Comparison]], networks: Sequence[str] | None = None) -> pd.DataFrame:
+    """`judge` on the kept runs in other networks, where a claim must hold in each of them; a column data.
+
+    networks: some of `in_networks`; None takes all. Raises UserError for another name, naming the nearest one.
+    """
+    found = in_networks()
+    names = list(found) if networks is None else [choose("network", name, found) for name in networks]
+    tables = {name: judge(found[name], tests) for name in names}
+    together = pd.concat([table.assign(found=f"{name}: " + table["found"]) for name, table in tables.items()])
+    rows = together.groupby(level="claim", sort=False)
+    joined = rows.agg({"statement": "first", "published": "first", "found": "; ".join, "verdict": overall})
+    return joined.assign(data="scenes, " + ", ".join(name.partition(" with ")[0] for name in names))
+
+
 def gain_with_classes(method: str) -> list[Measured | Exact]:
     """The parts of the claim that a gain grows with the number of classes, from the kept runs on photographs: the gain
     of mIoU over cross-entropy on CCP (more classes) less that on CamVid; an undecided one, as the two differ in more.

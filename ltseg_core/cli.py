@@ -119,7 +119,7 @@ def train(
         str | None, typer.Option("--profile", help=f"One of {', '.join(PROFILES)}.", show_default="quick")
     ] = None,
     method: Annotated[str | None, typer.Option(help="e.g. ce, balanced_softmax, blv.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="scenes, camvid, ccp, or a folder (with a /).")] = None,
+    dataset: Annotated[str | None, typer.Option(help="scenes, camvid, ccp, cifar100, or a folder (with a /).")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option()] = None,
     parameter: Set = None,
@@ -189,7 +189,7 @@ def figures(
 
 @app.command()
 def stats(
-    dataset: Annotated[str, typer.Argument(help="scenes, camvid, ccp, or a folder (with a /).")],
+    dataset: Annotated[str, typer.Argument(help="scenes, camvid, ccp, cifar100, or a folder (with a /).")],
     split: Annotated[str, typer.Option()] = "train",
     parameter: Set = None,
     data_root: DataRoot = None,
@@ -273,11 +273,9 @@ def doctor(data_root: DataRoot = None) -> None:
     typer.echo(
         f"data root: {root.resolve()}" + ("" if root.is_dir() else " (does not exist; the embedded scenes need none)")
     )
-    present = data.found(root)
-    for name in data.DATASETS:
-        typer.echo(
-            f"  {name}: " + ("found" if name in present else f"absent, fetch it with `python -m data_prep {name}`")
-        )
+    for name in (*data.DATASETS, *data.CLASSIFICATION):
+        there = "train" in data.splits(name, root)
+        typer.echo(f"  {name}: " + ("found" if there else f"absent, fetch it with `python -m data_prep {name}`"))
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     typer.echo(f"free disk here: {free:.1f} GiB" + (" (a quick run needs about 1 GiB)" if free < 1 else ""))
 

@@ -291,11 +291,28 @@ def pspnet_dilated(
     return _parts(body, decoder, nn.Conv2d(psp_out_channels, classes, 1))
 
 
+# --- A classifier of whole images ---
+
+
+class MeanOfLast(nn.Module):
+    """The mean over space of the encoder's last map, (B, D, 1, 1)."""
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return maps[-1].mean((2, 3), keepdim=True)
+
+
+def image_classifier(encoder: str, *, encoder_weights: Any, classes: int) -> Parts:
+    """Global average pooling and a linear classifier: one class for all pixels of an image, as in CIFAR-100."""
+    body = _encoder(encoder, encoder_weights)
+    return _parts(body, MeanOfLast(), nn.Conv2d(body.out_channels[-1], classes, 1))
+
+
 NETWORKS: dict[str, Callable[..., Parts]] = {
     "SegNet": segnet,
     "AttentionUnet": attention_unet,
     "OCR": ocr,
     "PSPNetDilated": pspnet_dilated,
+    "ImageClassifier": image_classifier,
 }
 
 

@@ -576,6 +576,30 @@ def test_claims_on_photographs(make_run, monkeypatch):
     assert analysis.judge_on_photographs(tests, besides="camvid")["data"].tolist() == ["ccp"]
 
 
+def test_claims_in_other_networks(make_run, monkeypatch):
+    def network(better, **fields):
+        methods = (("ce", 0), ("blv", better))
+        return [make_run(confusions(s, better=b), seed=s, method=m, **fields) for s in range(2) for m, b in methods]
+
+    first, second = network(40, architecture="PSPNet"), network(-40, architecture="Segformer", encoder="mit_b0")
+    monkeypatch.setattr(analysis, "kept", {"quick_networks": [*second[:2], *first, *second[2:]]}.__getitem__)
+    names = ["Segformer with mit_b0", f"PSPNet with {first[0].experiment.encoder}"]
+    assert analysis.in_networks() == dict(zip(names, (second, first), strict=True))
+    tests = {"BLV-01": [analysis.Comparison("blv")], "BLV-02": [analysis.Comparison("gcl")]}
+    table = analysis.judge_in_networks(tests)
+    each = [analysis.judge(runs, tests) for runs in (second, first)]
+    assert [t["verdict"]["BLV-01"] for t in each] == ["contradicted", "supported"]
+    assert table["verdict"].tolist() == ["contradicted", "open"]  # it must hold in each of them
+    assert table["data"].tolist() == ["scenes, Segformer, PSPNet"] * 2
+    said = "; ".join(f"{name}: {t['found']['BLV-01']}" for name, t in zip(names, each, strict=True))
+    assert table["found"]["BLV-01"] == said
+    alone = analysis.judge_in_networks(tests, names[1:])
+    pd.testing.assert_frame_equal(alone.drop(columns=["data", "found"]), each[1].drop(columns="found"))
+    assert alone["data"].tolist() == ["scenes, PSPNet"] * 2
+    with pytest.raises(UserError, match="unknown network 'PSPNet with mit_b0'"):
+        analysis.judge_in_networks(tests, ["PSPNet with mit_b0"])
+
+
 def test_gain_with_classes(make_run, monkeypatch):
     def study(dataset, seeds, **hyper):
         methods = (("ce", 0, {}), ("medoe", 40 if dataset == "ccp" else 10, hyper))

@@ -108,9 +108,8 @@ def train(stage, steps=2, lr=0.05):
     parameters = start(stage)
     optimizer = torch.optim.SGD(parameters, lr=lr)
     for step in range(steps):
-        image, target = images(step)
         optimizer.zero_grad()
-        stage.criterion(stage.network(image), target).backward()
+        Learner(stage)(*images(step)).backward()
         assert all(p.grad is not None for p in parameters)  # several processes need every gradient
         optimizer.step()
     return stage
@@ -326,7 +325,7 @@ def test_permuting_the_classes_changes_nothing():
 def gradients(stage):
     image, target = images()
     start(stage)
-    stage.criterion(stage.network(image), target).backward()
+    Learner(stage)(image, target).backward()
     return {name: p.grad for name, p in stage.network.named_parameters()}
 
 
@@ -481,7 +480,7 @@ def test_the_stages_of_head_first_have_the_gradients_of_joint_training(share):
         for module in stage.network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        stage.criterion(stage.network(image), target).backward()
+        Learner(stage)(image, target).backward()
         return {name: p.grad for name, p in stage.network.named_parameters() if p.grad is not None}
 
     joint, head, others = found("joint"), found("head_first"), found("head_first", 1)

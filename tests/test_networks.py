@@ -24,6 +24,7 @@ from ltseg_core.networks import (
 SMALL = "tu-mobilenetv3_small_050"
 NARROW = {
     "AttentionUnet": {"decoder_channels": (32, 24, 16, 16, 8)},
+    "ImageClassifier": {},
     "OCR": {"ocr_channels": 32, "ocr_key_channels": 16},
     "PSPNetDilated": {"psp_out_channels": 32},
     "SegNet": {},
@@ -31,6 +32,7 @@ NARROW = {
 CASES = [
     ("AttentionUnet", SMALL),
     ("AttentionUnet", "mit_b0"),
+    ("ImageClassifier", SMALL),
     ("OCR", SMALL),
     ("OCR", "tu-hrnet_w18_small"),
     ("OCR", "tu-convnext_atto"),
@@ -40,7 +42,13 @@ CASES = [
         "SegNet", "vgg11_bn", marks=pytest.mark.slow
     ),  # the library's VGG builds its 120M-parameter classifier
 ]
-FEATURES = {"AttentionUnet": (64, 96), "OCR": (16, 24), "PSPNetDilated": (7, 9), "SegNet": (64, 96)}
+FEATURES = {
+    "AttentionUnet": (64, 96),
+    "ImageClassifier": (1, 1),
+    "OCR": (16, 24),
+    "PSPNetDilated": (7, 9),
+    "SegNet": (64, 96),
+}
 
 
 @pytest.mark.parametrize(("architecture", "encoder"), CASES)

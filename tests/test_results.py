@@ -169,6 +169,7 @@ def test_kept_runs_need_no_weights_and_say_so(write_run, tmp_path, monkeypatch):
         assert len(results.kept("some")) == 2
 
 
+NETWORK = ("architecture", "encoder", "model_options")
 TAUGHT = ("ema_decay", "pseudo_threshold", "pseudo_selection", "unlabelled_weight")
 
 
@@ -176,9 +177,10 @@ TAUGHT = ("ema_decay", "pseudo_threshold", "pseudo_selection", "unlabelled_weigh
 @pytest.mark.parametrize(
     ("study", "differs"),
     [
-        ("quick_arms", ("architecture", "encoder", "model_options")),
+        ("quick_arms", NETWORK),
+        ("quick_networks", (*NETWORK, "lr")),
         ("quick_few_labels", ("labelled_images", *TAUGHT)),
-        ("quick_domains", ("data_options", "target", "class_mix", *TAUGHT)),
+        ("quick_domains", ("data_options", "target", "class_mix", *NETWORK, "lr", *TAUGHT)),
         ("camvid_cpu", ()),
         ("ccp_cpu", ()),
         ("second_stages", ()),

@@ -37,13 +37,13 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
         "png": {"Software": None},
     }
     # Laid out once: with an engine each file would be drawn twice, and things move a little at every drawing.
-    with style(), mpl.rc_context(dict.fromkeys(("figure.constrained_layout.use", "figure.autolayout"), False)):
+    no_engine: dict[Any, Any] = dict.fromkeys(("figure.constrained_layout.use", "figure.autolayout"), False)
+    with style(), mpl.rc_context(no_engine), _lean_fonts():
         if (engine := figure.get_layout_engine()) is not None:
             engine.execute(figure)
         figure.set_layout_engine(None)
         for kind, metadata in unnamed.items():
-            with _lean_fonts():
-                _save(partial(figure.savefig, format=kind, metadata=metadata, dpi=DPI), name, kind, folder)
+            _save(partial(figure.savefig, format=kind, metadata=metadata, dpi=DPI), name, kind, folder)
     return _folder(folder) / f"{name}.png"
 
 
