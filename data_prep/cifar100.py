@@ -31,7 +31,8 @@ README = f"""# CIFAR-100, long-tailed training subset and full test set (lossles
 
 Each .webp is one lossless mosaic of 32 x 32 tiles, {ACROSS} a row, the last row padded with zeros; each .csv has one
 row a tile: index, label, rank, file. The rank orders the images of a class by the SHA-256 of their file names, so that
-the subset of every imbalance is the same for everyone, and a larger one contains it.
+the subset of every imbalance is the same for everyone who prepares it so, and a larger one contains it. (The results
+kept in ltseg's results/cifar100.csv are of another order.)
 
 Source: {HOST}/{ARCHIVE}, MD5 {MD5}. A. Krizhevsky. Learning multiple layers of features from tiny images. Technical
 report, University of Toronto, 2009.

@@ -640,7 +640,7 @@ def judge_in_networks(tests: Mapping[str, Sequence[Comparison]], networks: Seque
     together = pd.concat([table.assign(found=f"{name}: " + table["found"]) for name, table in tables.items()])
     rows = together.groupby(level="claim", sort=False)
     joined = rows.agg({"statement": "first", "published": "first", "found": "; ".join, "verdict": overall})
-    return joined.assign(data="scenes, " + ", ".join(name.partition(" with ")[0] for name in names))
+    return joined.assign(data="scenes in " + ("other networks" if networks is None else " and ".join(names)))
 
 
 def gain_with_classes(method: str) -> list[Measured | Exact]:

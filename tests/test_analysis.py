@@ -590,12 +590,12 @@ def test_claims_in_other_networks(make_run, monkeypatch):
     each = [analysis.judge(runs, tests) for runs in (second, first)]
     assert [t["verdict"]["BLV-01"] for t in each] == ["contradicted", "supported"]
     assert table["verdict"].tolist() == ["contradicted", "open"]  # it must hold in each of them
-    assert table["data"].tolist() == ["scenes, Segformer, PSPNet"] * 2
+    assert table["data"].tolist() == ["scenes in other networks"] * 2
     said = "; ".join(f"{name}: {t['found']['BLV-01']}" for name, t in zip(names, each, strict=True))
     assert table["found"]["BLV-01"] == said
     alone = analysis.judge_in_networks(tests, names[1:])
     pd.testing.assert_frame_equal(alone.drop(columns=["data", "found"]), each[1].drop(columns="found"))
-    assert alone["data"].tolist() == ["scenes, PSPNet"] * 2
+    assert alone["data"].tolist() == [f"scenes in {names[1]}"] * 2
     with pytest.raises(UserError, match="unknown network 'PSPNet with mit_b0'"):
         analysis.judge_in_networks(tests, ["PSPNet with mit_b0"])
 

@@ -133,6 +133,7 @@ def test_damaged_files(root, tmp_path):
     for name, content, damaged in (
         ("test.webp", b"RIFF", "test.webp is missing or damaged"),
         ("test.csv", b"index,label\n0,0\n", r"test.csv is missing or damaged \(KeyError\('rank'\)\)"),
+        ("test.csv", b"index,label,rank,file\n0,100,0,a.png\n", "labels from 100 to 100, expected 0 to 99"),
         ("test.webp", mosaic(np.zeros((9, 32, 32, 3), np.uint8)), "100 tiles for the 10000 rows of test.csv"),
     ):
         (copied() / name).write_bytes(content)
@@ -140,6 +141,9 @@ def test_damaged_files(root, tmp_path):
             data.load("cifar100", "test", tmp_path).sample(0)
         with pytest.raises(UserError, match=r"Move .*cifar100 away"):
             prepare(tmp_path)
+    (copied() / "classes.txt").write_text("apple\npear\n")
+    with pytest.raises(UserError, match=r"classes.txt is missing or damaged .*2 names, expected 100"):
+        data.load("cifar100", "test", tmp_path)
     (copied() / "classes.txt").unlink()
     with pytest.raises(UserError, match=r"classes.txt is missing or damaged \(FileNotFoundError"):
         data.load("cifar100", "test", tmp_path)

@@ -30,7 +30,8 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, **op
     name:    `scenes` (embedded, nothing to download), `camvid`, `ccp`, `cifar100`, or the path (with a `/`) of a
              folder that holds <split>/images, <split>/labels and, if you like, classes.csv
     root:    the data root (default: $LTSEG_DATA, else ./data)
-    options: keyword arguments of the data set, e.g. the knobs of `Scenes`; `images` keeps only that many
+    options: keyword arguments of the data set, e.g. the knobs of `Scenes`; `images` keeps only that many (not of
+             `cifar100`, whose own is `imbalance`)
     Raises UserError for an unknown name, split or option and for everything `FolderDataset` or `CIFAR100` refuses.
     """
     name, folder = _locate(name, root)

@@ -15,7 +15,7 @@ from ltseg_core.config import UserError, choose
 from ltseg_core.data.base import SegmentationDataset
 from ltseg_core.data.folders import distinct_colours
 
-SIDE = 32
+CLASSES, SIDE = 100, 32
 LARGEST = 500  # training images of a class
 MOST_BALANCED = 50  # the imbalance factor of the file
 BALANCED = 126  # images of each class in the balanced subset, about as many in all as with imbalance 50
@@ -54,7 +54,7 @@ class CIFAR100(SegmentationDataset):
         labels, ranks, names = (np.concatenate(column) for column in zip(*map(_table, self._stems), strict=True))
         kept = np.arange(len(labels))
         if self.split != "test":
-            own = BALANCED if imbalance is None else images_of(imbalance, len(self.classes))[labels]
+            own = BALANCED if imbalance is None else images_of(imbalance)[labels]
             kept = np.flatnonzero(ranks < own if self.split == "train" else ranks >= own)
         if self.split == "val":
             order = kept[np.lexsort([ranks[kept], labels[kept]])]
@@ -74,15 +74,17 @@ class CIFAR100(SegmentationDataset):
         return np.full((SIDE, SIDE), self._labels[index], dtype=np.uint8)
 
 
-def images_of(imbalance: float, classes: int = 100) -> np.ndarray:
-    """Training images of each class under an exponential long tail, (C,) int64: int(500 imbalance^(-k / (C - 1)))."""
-    return (LARGEST * (1 / imbalance) ** (np.arange(classes) / (classes - 1))).astype(np.int64)
+def images_of(imbalance: float) -> np.ndarray:
+    """Training images of each class under an exponential long tail, (100,) int64: int(500 imbalance^(-k/99))."""
+    return (LARGEST * (1 / imbalance) ** (np.arange(CLASSES) / (CLASSES - 1))).astype(np.int64)
 
 
 def _classes(path: Path) -> tuple[str, ...]:
     """One name a line."""
     with _named(path):
-        return tuple(path.read_text(encoding="utf-8").split())
+        if len(names := tuple(path.read_text(encoding="utf-8").split())) != CLASSES:
+            raise ValueError(f"{len(names)} names, expected {CLASSES}")
+        return names
 
 
 def _table(stem: Path) -> tuple[np.ndarray, ...]:
@@ -91,6 +93,8 @@ def _table(stem: Path) -> tuple[np.ndarray, ...]:
     with _named(path), path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
         labels, ranks = (np.array([int(row[column]) for row in rows]) for column in ("label", "rank"))
+        if labels.min() < 0 or labels.max() >= CLASSES:
+            raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {CLASSES - 1}")
         return labels, ranks, np.array([Path(row["file"]).stem for row in rows])
 
 
