@@ -27,7 +27,7 @@ DATASETS: dict[str, Callable[..., str]] = {
 HELP = """data sets:
   camvid            street scenes, 11 classes, 701 frames (190 MB to download, 41 MB kept)
   ccp               clothing, 59 classes, 1,004 photographs (130 MB to download, 29 MB kept)
-  cifar100          image classification, 100 classes, long-tailed (169 MB to download, 48 MB kept)
+  cifar100          image classification, 100 classes, long-tailed (48 MB kept)
   class_stats       class counts of ADE20K, COCO-Stuff and Cityscapes (10 kB)
   ade20k_stats      published IoU and accuracy per class, 24 results on ADE20K (15 MB to download, 0.6 MB kept)
   cityscapes_stats  the same, 45 results on Cityscapes (16 MB to download, 0.1 MB kept)

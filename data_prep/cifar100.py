@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import pickle
@@ -15,7 +14,16 @@ from PIL import Image
 from data_prep.download import archive_files, download, remove, write_atomically
 from data_prep.install import AGAIN, csv_bytes, install
 from ltseg_core.config import UserError
-from ltseg_core.data.cifar100 import BALANCED, MOST_BALANCED, SIDE, images_of
+from ltseg_core.data.cifar100 import (
+    BALANCED,
+    CLASSES,
+    MOST_BALANCED,
+    SIDE,
+    images_of,
+    read_classes,
+    read_table,
+    read_tiles,
+)
 
 HOST = "https://www.cs.toronto.edu"
 ARCHIVE = "~kriz/cifar-100-python.tar.gz"
@@ -105,22 +113,17 @@ def mosaic(images: np.ndarray) -> bytes:
 
 
 def check(folder: Path) -> None:
-    """Raise UserError unless the tables in `folder` have the expected images of each class."""
+    """Raise UserError unless `folder` holds the names, the tables with the expected images of each class, the tiles."""
+    read_classes(folder / "classes.txt")
     long_tail = images_of(MOST_BALANCED)
-    expected = {"train_lt50": long_tail, "train_extra": (BALANCED - long_tail).clip(min=0), "test": np.full(100, 100)}
+    expected = {
+        "train_lt50": long_tail,
+        "train_extra": (BALANCED - long_tail).clip(min=0),
+        "test": np.full(CLASSES, 100),
+    }
     for stem, counts in expected.items():
-        path = folder / f"{stem}.csv"
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                found = np.bincount([int(row["label"]) for row in csv.DictReader(file)], minlength=100)
-            with Image.open(folder / f"{stem}.webp") as picture:
-                tiles = picture.width // SIDE * (picture.height // SIDE)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} or its mosaic cannot be read ({error!r})") from None
-        if len(found) > 100 or (found != counts).any():
-            k = 100 if len(found) > 100 else int(np.flatnonzero(found != counts)[0])
-            raise UserError(
-                f"{path}: class {k} has {found[k]} images, expected {counts[k] if k < 100 else 'no such class'}"
-            )
-        if tiles < counts.sum():
-            raise UserError(f"{path.with_suffix('.webp')} has {tiles:,} tiles, expected {counts.sum():,}")
+        labels = read_table(folder / stem)[0]
+        found = np.bincount(labels, minlength=CLASSES)
+        for k in np.flatnonzero(found != counts):
+            raise UserError(f"{folder / stem}.csv: class {k} has {found[k]} images, expected {counts[k]}")
+        read_tiles(folder / stem, len(labels))

@@ -782,6 +782,16 @@ def test_command_installs_under_the_root(command, tmp_path, monkeypatch, capsys)
     assert contents(tmp_path / "a" / "camvid") == contents(tmp_path / "b" / "camvid")
 
 
+def test_another_archive_of_cifar100_is_refused_before_it_is_unpickled(server, tmp_path, capsys):
+    server.files["/~kriz/cifar-100-python.tar.gz"] = tarball({"train": b"cos\nsystem\n"})
+    assert cli.main(["cifar100", "--root", str(tmp_path), "--base-url", server.url]) == 2
+    said = capsys.readouterr().err
+    assert "checksum differs: MD5" in said
+    assert "was deleted and nothing was installed: run the command again" in said
+    assert [path for path, _, _ in server.log] == ["/~kriz/cifar-100-python.tar.gz"]
+    assert not [*tmp_path.rglob("*.tar.gz"), *tmp_path.glob("cifar100")]
+
+
 @pytest.mark.parametrize(
     ("typed", "hint"), [("camvidd", "did you mean 'camvid'"), ("zzz", "choose one of camvid, ccp")]
 )

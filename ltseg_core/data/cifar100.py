@@ -48,10 +48,11 @@ class CIFAR100(SegmentationDataset):
                 " or point --data-root or LTSEG_DATA to the folder that holds it"
             )
         self.name, self.split = "cifar100", choose("split of cifar100", split, FILES)
-        self.classes = _classes(root / "classes.txt")
+        self.classes = read_classes(root / "classes.txt")
         self.palette = np.array(distinct_colours(len(self.classes)), dtype=np.uint8)
-        self._stems = [root / stem for stem in FILES[self.split]]
-        labels, ranks, names = (np.concatenate(column) for column in zip(*map(_table, self._stems), strict=True))
+        parts = {root / stem: read_table(root / stem) for stem in FILES[self.split]}
+        self._tiles = {stem: len(part[0]) for stem, part in parts.items()}
+        labels, ranks, names = (np.concatenate(column) for column in zip(*parts.values(), strict=True))
         kept = np.arange(len(labels))
         if self.split != "test":
             own = BALANCED if imbalance is None else images_of(imbalance)[labels]
@@ -65,7 +66,7 @@ class CIFAR100(SegmentationDataset):
     @cached_property
     def _images(self) -> np.ndarray:
         """(N, 32, 32, 3) uint8, decoded when the first one is asked for."""
-        return np.concatenate([_tiles(stem, len(_table(stem)[0])) for stem in self._stems])[self._kept]
+        return np.concatenate([read_tiles(stem, count) for stem, count in self._tiles.items()])[self._kept]
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return self._images[index], self.label(index)
@@ -79,15 +80,15 @@ def images_of(imbalance: float) -> np.ndarray:
     return (LARGEST * (1 / imbalance) ** (np.arange(CLASSES) / (CLASSES - 1))).astype(np.int64)
 
 
-def _classes(path: Path) -> tuple[str, ...]:
-    """One name a line."""
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The 100 names, one a line. Raises UserError for a file that is missing or damaged, as the next two do."""
     with _named(path):
         if len(names := tuple(path.read_text(encoding="utf-8").split())) != CLASSES:
             raise ValueError(f"{len(names)} names, expected {CLASSES}")
         return names
 
 
-def _table(stem: Path) -> tuple[np.ndarray, ...]:
+def read_table(stem: Path) -> tuple[np.ndarray, ...]:
     """Labels, ranks in their class, and names without suffix, (N,) each."""
     path = stem.with_suffix(".csv")
     with _named(path), path.open(newline="", encoding="utf-8") as file:
@@ -98,7 +99,7 @@ def _table(stem: Path) -> tuple[np.ndarray, ...]:
         return labels, ranks, np.array([Path(row["file"]).stem for row in rows])
 
 
-def _tiles(stem: Path, count: int) -> np.ndarray:
+def read_tiles(stem: Path, count: int) -> np.ndarray:
     """The first tiles of a mosaic, row by row, (count, 32, 32, 3) uint8."""
     path = stem.with_suffix(".webp")
     with _named(path), Image.open(path) as picture:
