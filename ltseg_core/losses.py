@@ -10,8 +10,9 @@ What every loss keeps (a `Differs:` note says where one does not)
     - A class that never occurs counts as the rarest one that occurs in weights, margins and noise, whose scale it
       would set otherwise, and as one pixel (or image) in all else: see `class_sizes`. An offset or factor that favours
       rare classes in training then hardly pushes it down.
-    - No host synchronisation and no loop over classes or images. So a label >= C is *not* looked for: the CPU
-      raises IndexError, CUDA stops with a device-side assertion. `train.fit` refuses such label files before training.
+    - No host synchronisation and no loop over classes or images. So a label that is no class is a ValueError on the
+      CPU only (`check_labels`); CUDA stops with a device-side assertion. `train.fit` refuses such label files before
+      training.
     - A training loop may set `loss.progress` (0 at the first step, 1 at the last); schedules read it.
 
 Symbols: n_k pixels (or images) of class k in the training labels, pi_k = n_k / sum_j n_j, z logits,
@@ -48,15 +49,35 @@ def build_loss(name: str, counts: ClassCounts, **hyper: Any) -> PixelLoss:
     value out of range, and for counts that are no ClassCounts or all zero. Other bad counts ClassCounts itself refuses.
     """
     name = choose("loss", name, LOSSES)
+    check_counts(counts)
+    return LOSSES[name](counts, **check_options(f"hyper-parameter of loss {name!r}", hyper, LOSSES[name]))
+
+
+def check_counts(counts: Any) -> None:
+    """Raise UserError for counts that are no ClassCounts or all zero."""
     if not isinstance(counts, ClassCounts):
         raise UserError(f"counts must be ClassCounts, of pixels and images, got {type(counts).__name__}")
     if not counts.pixels.any():
         raise UserError(f"the counts of all {counts.num_classes} classes are 0: there is nothing to learn from")
-    return LOSSES[name](counts, **check_options(f"hyper-parameter of loss {name!r}", hyper, LOSSES[name]))
+
+
+def check_labels(target: Tensor, classes: int) -> None:
+    """Raise ValueError for a label of a target (B, H, W) on the CPU that is neither a class nor IGNORE_INDEX.
+
+    Elsewhere nothing is looked for: the device would have to be waited for.
+    """
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(end) for end in target.masked_fill(target == IGNORE_INDEX, 0).aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"the target has the label {low if low < 0 else high}: expected 0 to {classes - 1}, the classes, or"
+                f" {IGNORE_INDEX} for a pixel without label"
+            )
 
 
 def pixel_nll(logits: Tensor, target: Tensor) -> Tensor:
     """-log p_y of every pixel, (B, H, W) in float32 or float64; exactly 0 at ignored pixels."""
+    check_labels(target, logits.shape[1])
     return F.cross_entropy(_wide(logits), target.long(), ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -73,11 +94,14 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 class PixelLoss(nn.Module):
     """Mean over valid pixels of CE(adjust(z), y); subclasses override `adjust`, `reduce` or all of `loss`.
 
-    forward raises ValueError for logits or targets of the wrong shape or type, or another number of classes.
+    forward raises ValueError for logits or targets of the wrong shape or type, another number of classes, and
+    labels that are none (`check_labels`).
     """
 
     progress: float = 0.0
     """Share of the training steps done, in [0, 1]."""
+    pseudo_labelled: bool = False
+    """Whether the targets are pseudo-labels; a training loop says so before each of its terms."""
 
     def __init__(self, counts: ClassCounts) -> None:
         super().__init__()
@@ -100,6 +124,7 @@ class PixelLoss(nn.Module):
                 f"expected an integer target {(len(logits), *logits.shape[2:])}, "
                 f"got {target.dtype} {tuple(target.shape)}"
             )
+        check_labels(target, self.num_classes)
         return self.loss(_wide(logits), target.long())
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -329,8 +354,8 @@ class Seesaw(PixelLoss):
 
     M_yj = min(1, (n_j / n_y)^p) spares rarer classes, C_yj = max(1, (p_j / p_y)^q) restores the penalty where
     class j was wrongly preferred; C is a constant for the gradient. p = q = 0 is plain cross-entropy.
-    online: n_k are what was seen while training, this batch included; in each process its own. Else the counts of the
-    training set, from the first step.
+    online: n_k are what was seen while training, this batch included; with several processes, what the first one saw
+    and each one's own batch. Else the counts of the training set, from the first step.
     Differs: the authors' code bounds p_y from below by 0.01 in C; the paper and this do not.
     """
 
@@ -440,8 +465,7 @@ class BLV(PixelLoss):
     """CE(z_k + c_k / max_j c_j |delta(sigma)|, y),  c_k = log(sum_j q_j / q_k)  (BLV, Eq. 3).
 
     delta is drawn anew for every image, class and pixel, on the device of the logits; predict with plain z.
-    An auxiliary head keeps plain cross-entropy. In self-training both terms of the student have the noise, each its
-    own: that of the labels and that of the pseudo-labels, which come from the teacher's plain z.
+    An auxiliary head keeps plain cross-entropy. The teacher of self-training gives its pseudo-labels from plain z.
 
     form: "gaussian" N(0, sigma^2), treated as `clamp` says; "uniform" U[0, 1], "beta" Beta(1/2, 1/2),
         "exponential" Exp(1) clipped to 1 (Table 6); "bernoulli" 0 or 1, the printed algorithm at large sigma;
@@ -456,6 +480,9 @@ class BLV(PixelLoss):
         logit of rare classes: at the optimum E softmax(z + a delta) is the posterior.
     reference: "sum" as Eq. 3, "max" log(max_j q_j / q_k), the authors' first commit: no noise on the head.
     permute: seed of a permutation of the counts over the classes, in [0, 2^63): a control for what they contribute.
+    terms: which terms of the student's loss in self-training have the noise, each its own: "all" (the paper does not
+        say), those of "labels" only, or those of "pseudo_labels" only, images of ClassMix among them. Without
+        self-training there are no others than of labels.
     pseudo: after each epoch over the images without labels q are the pixels of their pseudo-labels in it (Eq. 4), as
         the batches showed them: cropped, unsure ones left out. In the first epoch, and without such images, q are
         the labelled pixels. With several processes those of the first one's images count.
@@ -481,6 +508,7 @@ class BLV(PixelLoss):
         reference: Literal["sum", "max"] = "sum",
         prior: Prior = "pixel",
         permute: int | None = None,
+        terms: Literal["all", "labels", "pseudo_labels"] = "all",
         pseudo: bool = False,
     ) -> None:
         super().__init__(counts)
@@ -492,7 +520,7 @@ class BLV(PixelLoss):
             raise UserError(f"temporal changes sigma, which form={form!r} does not have: use form='gaussian'")
         self.sigma, self.form, self.clamp, self.temporal = sigma, form, clamp, temporal
         self.balance, self.sign, self.reference = balance, sign, reference
-        self.prior, self.permute, self.pseudo = prior, permute, pseudo
+        self.prior, self.permute, self.terms, self.pseudo = prior, permute, terms, pseudo
         self.register_buffer("amplitude", torch.ones(self.num_classes, dtype=_TABLE))
         if pseudo:
             self.register_buffer("seen", torch.zeros(2, self.num_classes, dtype=torch.int64))
@@ -521,6 +549,8 @@ class BLV(PixelLoss):
         self.amplitude.copy_(self.sign * (amplitude if self.balance else torch.ones_like(amplitude)))
 
     def adjust(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self.terms == ("labels" if self.pseudo_labelled else "pseudo_labels"):
+            return logits
         sigma = self.sigma
         if self.temporal:
             sigma *= max(0.0, min(self.progress / 0.75, (1 - self.progress) / 0.25))
@@ -573,6 +603,10 @@ class PAT(PixelLoss):
         normalised to [0, 1]. No epsilon makes it reach 0.
     detach: beta is a weight and has no gradient (the paper does not say; otherwise the gradient grows by
         1 - p ln(p) / T, at most 1 + 0.37 / T).
+    channels: "true", Eq. 4, where beta is one number of a pixel, that of its label. "all" is a reading of the text and
+        of Figure 1, where the weights have the size of the logits and multiply the normalised prediction: the
+        probability of every class is multiplied by its own beta, and all are normalised again, so that the logits are
+        z_k - p_k / T and those of sure classes count for less. epsilon then changes nothing.
     mean_over_classes: divide by the number of classes present in each image. Eq. 4 sums over them, so that
         the loss, and with it the effective learning rate, grows with their number.
     Differs: with mask_size the division is by images, those without a valid pixel left out, not by pixels.
@@ -587,6 +621,7 @@ class PAT(PixelLoss):
         mask_size: bool = True,
         confidence: bool = True,
         detach: bool = True,
+        channels: Literal["true", "all"] = "true",
         mean_over_classes: bool = False,
     ) -> None:
         super().__init__(counts)
@@ -594,11 +629,20 @@ class PAT(PixelLoss):
         _require("epsilon", epsilon, True, "finite")
         if mean_over_classes and not mask_size:
             raise UserError("mean_over_classes averages the class means of mask_size: switch mask_size on")
+        if channels == "all" and not confidence:
+            raise UserError("channels='all' is about the confidence weight: switch confidence on")
         self.temperature, self.epsilon, self.detach = temperature, epsilon, detach
         self.mask_size, self.confidence, self.mean_over_classes = mask_size, confidence, mean_over_classes
+        self.channels = channels
+
+    def adjust(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self.channels == "true":
+            return logits
+        p = (logits.detach() if self.detach else logits).softmax(1)
+        return logits - p / self.temperature  # z + log beta, up to a constant of the pixel
 
     def reduce(self, nll: Tensor, target: Tensor) -> Tensor:
-        if self.confidence:
+        if self.confidence and self.channels == "true":
             p = (nll.detach() if self.detach else nll).neg().exp()
             nll = nll * ((1 - p - self.epsilon) / self.temperature).exp()
         if not self.mask_size:

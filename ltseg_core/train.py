@@ -15,6 +15,7 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -73,6 +74,8 @@ def fit(
     workers: processes that decode images, for data sets that do not fit into memory
     A run that was interrupted, however hard, continues from its last checkpoint; on a CPU the weights are then
     bit for bit those of an undisturbed run. Several processes asking for one run train it once.
+    A method of two stages starts from the finished run of its first stage, which is trained before it if it is
+    missing; with $LTSEG_TRAIN "0", which forbids training, that is an error.
     Raises UserError for everything a user can mend, e.g. missing data, an unknown method, a loss that diverges.
     """
     experiment = _named(experiment)
@@ -94,7 +97,7 @@ def fit(
     start_from = None
     if first := _first(experiment):
         if results.find(first, runs) is None:
-            _refuse_bad_options(experiment)
+            _refuse_bad_options(experiment, data_root)
         start_from = fit(first, **place)
 
     with results.writing(final.parent):
@@ -147,7 +150,7 @@ def fit_all(
         bar = tqdm(total=len(missing), unit="run", disable=_quiet(place.get("progress", True)))
         with parallel.pool(jobs, max(1, config.cores() // jobs)) as pool, bar:
             try:
-                list(pool.map(_refuse_bad_options, settings))
+                list(pool.map(partial(_refuse_bad_options, data_root=place.get("data_root")), settings))
                 fits = [pool.submit(_fit_on_free_cores, e, place | {"progress": False}) for e in missing]
                 for done in as_completed(fits):
                     done.result()
@@ -159,7 +162,7 @@ def fit_all(
                 ) from None
     else:
         for e in settings:
-            _refuse_bad_options(e)
+            _refuse_bad_options(e, place.get("data_root"))
         for e in missing:
             _fit_on_free_cores(e, place)
     return [found.get(e) or fit(e, **place) for e in [*experiments, *kept]]
@@ -182,22 +185,25 @@ class Learner(nn.Module):
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.network, self.criterion, self.align = stage.network, stage.criterion, stage.align
-        self.loss = stage.loss
+        self.loss, self.criterion_lr = stage.loss, stage.criterion_lr
+        self.pixel_losses = [m for m in stage.criterion.modules() if isinstance(m, PixelLoss)]
 
     def forward(self, image: Tensor, target: Tensor, pseudo: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
         """Loss of the labelled images, plus weight x loss of `pseudo` = (image, pseudo-labels, weight), plus that of
         the stage's alignment of both.
         """
-        output, loss = self._output_and_loss(image, target)
+        output, loss = self._output_and_loss(image, target, pseudo_labelled=False)
         if pseudo is not None:
             image, target, weight = pseudo
-            other, further = self._output_and_loss(image, target)
+            other, further = self._output_and_loss(image, target, pseudo_labelled=True)
             loss = loss + weight * further
             if self.align is not None:
                 loss = loss + self.align(output, other)
         return loss
 
-    def _output_and_loss(self, image: Tensor, target: Tensor) -> tuple[Any, Tensor]:
+    def _output_and_loss(self, image: Tensor, target: Tensor, *, pseudo_labelled: bool) -> tuple[Any, Tensor]:
+        for part in self.pixel_losses:
+            part.pseudo_labelled = pseudo_labelled
         if self.loss is not None:
             return None, self.loss(self.network, self.criterion, image, target)
         output = self.network(image)
@@ -418,7 +424,6 @@ class Training:
             order = BatchOrder(self.unlabelled, e.batch_size, e.seed + 1, **span)
             others = iter(loader(self.others, order, workers=self.workers))
         self.bar.update(state.step - self.bar.n)
-        losses = [m for m in learner.criterion.modules() if isinstance(m, PixelLoss)]
         scheduled = [m for m in learner.modules() if isinstance(m, (PixelLoss, Alignment))]
         for step in range(state.step, stop):
             for part in scheduled:
@@ -430,7 +435,7 @@ class Training:
             pseudo = None
             if others is not None and state.teacher is not None:
                 plain, labels, colour = self._pseudo(state.teacher, next(others), step, (step - start) / (stop - start))
-                for loss_module in losses:
+                for loss_module in learner.pixel_losses:
                     loss_module.observe(labels)
                     if (step + 1) * e.batch_size // len(self.unlabelled) > step * e.batch_size // len(self.unlabelled):
                         loss_module.end_epoch()
@@ -655,15 +660,18 @@ def _mix(*key: int) -> int:
 
 
 def build_optimizer(learner: Learner, e: Experiment) -> torch.optim.Optimizer:
-    """SGD or AdamW over all trainable parameters; those of the encoder, and of an alignment, with their own learning
-    rates.
+    """SGD or AdamW over all trainable parameters; those of the encoder, of an alignment and, where the stage says so,
+    of the criterion with their own learning rates.
     """
-    parts: dict[str, list[nn.Parameter]] = {"decoder": [], "encoder": []}
     factors = {"decoder": 1.0, "encoder": e.encoder_lr_factor}
     if learner.align is not None:
-        parts["align"], factors["align"] = [], learner.align.lr_factor
+        factors["align"] = learner.align.lr_factor
+    if learner.criterion_lr != 1:
+        factors["criterion"] = learner.criterion_lr
+    parts: dict[str, list[nn.Parameter]] = {part: [] for part in factors}
     for name, parameter in learner.named_parameters():
-        part = "align" if name.startswith("align.") else "encoder" if ".encoder." in f".{name}" else "decoder"
+        owner = name.partition(".")[0]
+        part = owner if owner in factors else "encoder" if ".encoder." in f".{name}" else "decoder"
         if parameter.requires_grad:
             parts[part].append(parameter)
     groups = [{"params": own, "peak": e.lr * factors[part], "part": part} for part, own in parts.items()]
@@ -754,24 +762,35 @@ def _refuse_where_forbidden(e: Experiment, runs: str | os.PathLike[str] | None) 
 
 def _settings(experiments: Iterable[Experiment]) -> list[Experiment]:
     """One experiment for all that share what `_refuse_bad_options` looks at."""
-    decisive = ("architecture", "encoder", "model_options", "method", "hyper", "target", "ema_decay")
-    return [*dict.fromkeys(Experiment(**{name: getattr(e, name) for name in decisive}) for e in experiments)]
+    data_of = ("dataset", "data_options", "target", "labelled_images", "ema_decay")
+    decisive = ("architecture", "encoder", "model_options", "method", "hyper", *data_of)
+
+    def setting(e: Experiment) -> Experiment:
+        own = {name: getattr(e, name) for name in decisive}
+        return Experiment(**own, seed=0 if e.labelled_images is None else e.seed)  # it draws the labelled images
+
+    return [*dict.fromkeys(map(setting, experiments))]
 
 
-def _refuse_bad_options(e: Experiment) -> None:
-    """Build the method for made-up classes: what it refuses should not wait until something is trained.
+def _refuse_bad_options(e: Experiment, data_root: str | os.PathLike[str] | None) -> None:
+    """Build the method: what it refuses, or the data lack, should not wait until something is trained.
 
-    For as many as a data set may have, as some values need many classes; and MEDOE as a single expert, as its groups
-    depend on the data.
+    For made-up classes, as many as a data set may have, as some values need many; but MEDOE, whose groups depend on
+    the data, for theirs.
     """
     options, sizes = _check_options(e), torch.arange(254, 0, -1)
+    counts = stats.ClassCounts(sizes, sizes)
     if e.method == "medoe":
-        options |= {"shares": (), "cuts": None}
+        whole = data.load(e.dataset, "train", data_root, **e.data_options)
+        counts = stats.count_classes(Subset(whole, _shares(e, len(whole))[0]))
     with torch.random.fork_rng(devices=()):
-        network = build_model(e.architecture, e.encoder, len(sizes), **e.model_options)
-        stages = build_method(e.method, network, stats.ClassCounts(sizes, sizes), options)
-    if e.target is not None and (held_out := {stage.split for stage in stages} - {"train"}):
-        raise UserError(f"{e.method} learns from labels of the split {held_out.pop()!r}, and a target has none to give")
+        network = build_model(e.architecture, e.encoder, counts.num_classes, **e.model_options)
+        stages = build_method(e.method, network, counts, options)
+    for split in {stage.split for stage in stages} - {"train"}:
+        if e.target is not None:
+            raise UserError(f"{e.method} learns from labels of the split {split!r}, and a target has none to give")
+        if split not in (found := data.splits(e.dataset, data_root)):
+            raise UserError(f"{e.method} learns from labels of the split {split!r}; {e.dataset} has {', '.join(found)}")
 
 
 def _check_same_data(first: Run, classes: Sequence[str], counts: stats.ClassCounts) -> None:

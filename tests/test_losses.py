@@ -158,11 +158,14 @@ def gcl(z, y, noise, margin=0.0, scale=1.0, prior="pixel"):
     return ce([scale * v for v in z], y)
 
 
-def pat(z, y, temperature=20.0, epsilon=0.0, mask_size=True, confidence=True, mean_over_classes=False):
+def pat(z, y, temperature=20.0, epsilon=0.0, mask_size=True, confidence=True, mean_over_classes=False, channels="true"):
     def beta(p):
         return 1 / math.exp((p - 1 + epsilon) / temperature) if confidence else 1  # Eq. 5 as printed
 
     def term(v, k):
+        if channels == "all":
+            weighted = [beta(p) * p for p in softmax(v)]
+            return -math.log(weighted[k] / sum(weighted))
         return beta(softmax(v)[k]) * ce(v, k)
 
     if not mask_size:
@@ -246,6 +249,9 @@ CASES = [
     ("pat", {"temperature": 5.0, "epsilon": 0.3, "mean_over_classes": True}, pat),
     ("pat", {"mask_size": False, "temperature": 5.0}, pat),
     ("pat", {"confidence": False}, pat),
+    ("pat", {"channels": "all"}, pat),
+    ("pat", {"channels": "all", "temperature": 0.5, "epsilon": 0.7, "mean_over_classes": True}, pat),
+    ("pat", {"channels": "all", "temperature": 2.0, "mask_size": False}, pat),
 ]  # fmt: skip
 
 
@@ -551,6 +557,22 @@ def test_pat_detach_changes_the_gradient_by_the_stated_factor():
     assert 1 <= factor <= 1 + 0.368 / 5
 
 
+def test_pat_of_all_channels_has_no_limit_but_the_plain_one_and_no_gradient_through_the_weights():
+    """z_k - p_k / T is z at T -> infinity; with detach the gradient is that of logits shifted by a constant."""
+    z, y = batch()
+    z.requires_grad_()
+    off = build_loss("pat", COUNTS, confidence=False)
+    assert build_loss("pat", COUNTS, channels="all", temperature=1e9)(z, y).item() == pytest.approx(off(z, y).item())
+    shift = -z.detach().softmax(1) / 0.5
+    found, expected = (
+        torch.autograd.grad(value, z)[0]
+        for value in (build_loss("pat", COUNTS, channels="all", temperature=0.5)(z, y), off(z + shift, y))
+    )
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(UserError, match="channels='all' is about the confidence weight"):
+        build_loss("pat", COUNTS, channels="all", confidence=False)
+
+
 def test_pat_class_weight_does_not_depend_on_its_size():
     """Making a mask larger by copies of its pixel leaves the loss as it is."""
     z, y = batch()
@@ -675,6 +697,15 @@ def test_blv_noise_is_new_for_every_image_class_pixel_and_step():
     assert torch.equal(a, loss.adjust(z, z))
 
 
+@pytest.mark.parametrize(("terms", "noisy"), [("all", {0, 1}), ("labels", {0}), ("pseudo_labels", {1})])
+def test_blv_terms_of_self_training(terms, noisy):
+    loss, (z, y) = build_loss("blv", COUNTS, terms=terms), batch()
+    assert not loss.pseudo_labelled
+    for pseudo_labelled in (False, True):
+        loss.pseudo_labelled = pseudo_labelled
+        assert (loss(z, y) != cross_entropy(z, y)) == (pseudo_labelled in noisy)
+
+
 def test_blv_permuted_and_replaced_counts():
     plain, control = build_loss("blv", COUNTS), build_loss("blv", COUNTS, permute=3)
     assert not torch.equal(plain.amplitude, control.amplitude)
@@ -725,6 +756,7 @@ SMOOTH = [(name, {"detach": False} if name == "pat" else {}) for name in LOSSES 
     ("ldam", {"scale": 5.0, "drw": 0.0}),
     ("gcl", {"margin": 0.3, "scale": 2.0}),
     ("pat", {"detach": False, "mean_over_classes": True, "temperature": 2.0}),
+    ("pat", {"detach": False, "channels": "all", "temperature": 0.7}),
     ("blv", {"sigma": 0.5, "sign": -1, "clamp": "none"}),
 ]
 
@@ -1021,5 +1053,6 @@ def test_bad_tensors(name):
         loss(z, y[:2])
     with pytest.raises(ValueError, match="expected an integer target"):
         loss(z, y.double())
-    with pytest.raises((IndexError, RuntimeError)):  # not looked for; this is what the CPU makes of it
-        loss(z, torch.full_like(y, C))
+    for wrong in (C, 254, -1):
+        with pytest.raises(ValueError, match=f"the target has the label {wrong}: expected 0 to 4, the classes, or 255"):
+            loss(z, y.index_fill(2, torch.tensor(3), wrong))

@@ -25,6 +25,7 @@ from ltseg_core.methods.medoe import (
     ExpertCriterion,
     ExpertOutput,
     Experts,
+    ExpertSelection,
     LearnedEnsemble,
     SimpleEnsemble,
     SoftmaxSums,
@@ -764,6 +765,35 @@ def test_learned_ensembles_stay_finite(reading):
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_selection_of_an_expert_equals_a_loop_and_its_optimum_is_each_class_own():
+    z, y = logits()
+    y[0, 0, :2] = IGNORE_INDEX
+    g = torch.Generator().manual_seed(5)
+    module = LearnedEnsemble(3, C, "moe_gate").double()
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+    select = ExpertSelection(module, GROUP)
+    assert not list(select.parameters()), "the weights are the network's"
+    terms = []
+    for i, u, v in np.ndindex(*y.shape):
+        if (k := int(y[i, u, v])) != IGNORE_INDEX:
+            p = torch.stack([e[i, :, u, v].softmax(0)[k] for e in z])
+            gate = (module.weight[:, k] * p + module.bias[:, k]).softmax(0)
+            terms.append(-gate[GROUP[k]].log())
+    loss = select(ExpertOutput(z[0], z[0], tuple(z)), y)
+    torch.testing.assert_close(loss, sum(terms) / len(terms))
+    loss.backward()
+    seen = y[y != IGNORE_INDEX].unique()
+    assert (module.bias.grad.gather(0, GROUP[None])[0, seen] < 0).all(), "the own expert's weight grows"
+    with pytest.raises(
+        UserError, match="select='expert' trains weights of the experts: .*'moe_gate' has them, not 'moe_mean'"
+    ):
+        build(network(), COUNTS, select="expert")
+    learned = build(network(), COUNTS, ensemble="moe_gate", select="expert")[-1]
+    assert isinstance(learned.criterion, ExpertSelection)
+    assert learned.criterion.of_network[0] is learned.network.ensemble
 
 
 @settings(max_examples=20, deadline=None)

@@ -22,8 +22,10 @@ C = 4
 COUNTS = ClassCounts(torch.tensor([90_000, 9_000, 400, 20]), torch.tensor([40, 30, 8, 2]))
 CASES = [(name, {}) for name in METHODS] + [
     *(("region_rebalance", o) for o in ({"region_scope": "batch"}, {"resolution": "labels"}, {"head": "hidden"})),
+    ("region_rebalance", {"head": "shared"}),
     *(("medoe", {"share": share}) for share in ("decoder", "nothing")),
     *(("medoe", {"ensemble": rule}) for rule in ("moe_weighted", "moe_logits", "moe_gate", "group_average")),
+    ("medoe", {"ensemble": "moe_gate", "select": "expert"}),
     ("medoe", {"order": "head_first"}),
     ("medoe", {"l2": "class", "l2_pixels": "own", "kl": "pixel"}),
     ("medoe", {"softmax": "own"}),
@@ -132,6 +134,13 @@ def test_a_loop_would_be_found(monkeypatch):
         assert operators("loop", {}, **more) > operators("loop", {}, classes=4, images=2)
 
 
+class Logits(nn.Module):
+    """A network whose images are the logits."""
+
+    def forward(self, image):
+        return Output(image, image)
+
+
 def test_the_variation_is_in_both_terms_of_the_student_and_not_in_the_auxiliary_one():
     """Of its own in each, as the random numbers are taken one after the other."""
     logits, auxiliary, pseudo = torch.randn(3, 2, C, 8, 8)
@@ -149,6 +158,41 @@ def test_the_variation_is_in_both_terms_of_the_student_and_not_in_the_auxiliary_
     expected = first + 0.5 * (loss(pseudo, labels) + 0.4 * cross_entropy(auxiliary, labels))
     torch.testing.assert_close(found, expected)
     assert loss(pseudo, labels) != cross_entropy(pseudo, labels)
+
+
+@pytest.mark.parametrize("terms", ["labels", "pseudo_labels"])
+def test_a_training_step_says_which_of_its_terms_has_pseudo_labels(terms):
+    given, pseudo = torch.randn(2, 2, C, 8, 8)
+    target, labels = torch.randint(0, C, (2, 2, 8, 8))
+    loss = build_loss("blv", COUNTS, form="constant", terms=terms)  # the same at each call
+    noisy = build_loss("blv", COUNTS, form="constant")
+    learner = Learner(Stage("blv", Logits(), PixelCriterion(loss)))
+    first, second = (noisy, cross_entropy) if terms == "labels" else (cross_entropy, noisy)
+    for _ in range(2):  # the second step starts as the first did
+        found = learner(given, target, (pseudo, labels, 0.5))
+        torch.testing.assert_close(found, first(given, target) + 0.5 * second(pseudo, labels))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_label_that_is_no_class_is_named(name, options):
+    if name in NOTHING_TO_TRAIN:
+        return
+    for stage in build_method(name, copy.deepcopy(network_of(4)), COUNTS, options):
+        experts = tuple(torch.randn(2, 4, 32, 32) for _ in getattr(stage.criterion, "labels", "123"))
+        output = ExpertOutput(torch.randn(2, network_of(4).feature_channels, 32, 32), experts[0], experts)
+        with pytest.raises(ValueError, match="the target has the label 7: expected 0 to 3"):
+            stage.criterion(output, torch.full((2, 32, 32), 7))
+
+
+def test_counts_that_are_none_are_refused():
+    empty = torch.zeros(C, dtype=torch.int64)
+    for counts, message in (
+        (COUNTS.pixels, "counts must be ClassCounts, .* got Tensor"),
+        (ClassCounts(empty, empty), "of all 4 classes are 0"),
+    ):
+        for name in METHODS:
+            with pytest.raises(UserError, match=message):
+                build_method(name, network_of(4), counts, {})
 
 
 def test_a_network_of_other_classes_is_refused():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import nn
 
-from ltseg_core.config import IGNORE_INDEX, UserError
+from ltseg_core.config import IGNORE_INDEX, Experiment, UserError
 from ltseg_core.losses import cross_entropy
 from ltseg_core.methods.region_rebalance import (
     RegionCriterion,
@@ -24,6 +24,7 @@ from ltseg_core.methods.region_rebalance import (
 )
 from ltseg_core.models import Output, SegmentationNetwork
 from ltseg_core.stats import ClassCounts
+from ltseg_core.train import Learner, build_optimizer
 
 C, D = 4, 5
 COUNTS = ClassCounts(torch.tensor([9000, 800, 70, 0]), torch.tensor([40, 20, 3, 0]))
@@ -284,6 +285,39 @@ def test_low_precision_and_large_features_stay_finite():
         assert module(Output(x.bfloat16(), z.bfloat16()), y) == plain
 
 
+def test_a_shared_head_is_the_pixel_classifier():
+    net = network()
+    (stage,) = build(net, COUNTS, head="shared", prior="none")
+    assert not list(stage.criterion.parameters())
+    features = torch.randn(1, net.feature_channels, 4, 6)
+    target = torch.arange(4).repeat_interleave(6).view(1, 4, 6)  # class k is row k: its mean feature is that of the row
+    means = features.mean(3, keepdim=True).movedim(2, 0).flatten(1)
+    expected = F.cross_entropy(net.classifier(means[:, :, None, None])[:, :, 0, 0], torch.arange(4))
+    stage.criterion.stride = 1
+    torch.testing.assert_close(stage.criterion.region_loss(features, target), expected)
+    before = net.classifier.weight.clone()
+    train(build(net, COUNTS, head="shared")[0])
+    assert not torch.equal(net.classifier.weight, before)
+    for options in ({"frozen_branch": True}, {"head_lr": 2.0}):
+        with pytest.raises(
+            UserError, match="head='shared' is the pixel classifier: leave out frozen_branch and head_lr"
+        ):
+            build(net, COUNTS, head="shared", **options)
+
+
+def test_the_branch_may_have_a_learning_rate_of_its_own():
+    e = Experiment(lr=0.1, encoder_lr_factor=0.5)
+    for factor in (1.0, 3.0):
+        learner = Learner(build(network(), COUNTS, head="hidden", head_lr=factor)[0])
+        peaks = {id(p): g["peak"] for g in build_optimizer(learner, e).param_groups for p in g["params"]}
+        assert len(peaks) == len(list(learner.parameters())), "every parameter once"
+        for name, parameter in learner.named_parameters():
+            own = factor if name.startswith("criterion.head") else 0.5 if ".encoder." in name else 1
+            assert peaks[id(parameter)] == pytest.approx(0.1 * own), name
+    with pytest.raises(UserError, match="head_lr must be > 0, got 0"):
+        build(network(), COUNTS, head_lr=0.0)
+
+
 # --- components ---
 
 
@@ -400,7 +434,7 @@ def test_log_prior():
         ({"prior": "image"}, "prior must be 'images' or 'pixels' or 'none', got 'image'"),
         ({"region_scope": "pixel"}, "region_scope must be 'image' or 'batch', got 'pixel'"),
         ({"resolution": "label"}, "resolution must be 'features' or 'labels', got 'label'"),
-        ({"head": "liner"}, "head must be 'linear' or 'hidden', got 'liner'"),
+        ({"head": "liner"}, "head must be 'linear' or 'hidden' or 'shared', got 'liner'"),
         ({"average": "pixels"}, "average must be 'batch' or 'image', got 'pixels'"),
         ({"pixel_loss": "dise"}, "did you mean 'dice'"),
         ({"region_scope": "batch", "components": True}, "components=true splits the classes of one image"),

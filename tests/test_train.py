@@ -344,20 +344,44 @@ def test_fit_all_refuses_one_before_it_trains_another(tiny, tmp_path, bad, messa
 
 @pytest.mark.parametrize(
     ("method", "hyper"),
-    [(name, {}) for name in METHODS]
-    + [("medoe", {"Cuts": [1, 3]}), ("medoe", {"shares": [0.5]}), ("region_rebalance", {"smoothing": 0.9})],
+    [(name, {}) for name in METHODS if name != "medoe"]
+    + [("medoe", {"Cuts": [1, 3]}), ("medoe", {"shares": []}), ("region_rebalance", {"smoothing": 0.9})],
     ids=str,
 )
-def test_what_may_suit_the_data_is_not_refused_before_they_are_read(tiny, method, hyper):
-    train._refuse_bad_options(tiny(method=method, hyper=hyper))
+def test_what_suits_the_data_is_not_refused_before_anything_is_trained(tiny, method, hyper):
+    train._refuse_bad_options(tiny(method=method, hyper=hyper), None)
 
 
-def test_experiments_that_differ_in_seed_or_data_only_are_checked_once(tiny):
+def test_what_the_data_lack_is_refused_before_anything_is_trained(tiny, tmp_path):
+    whole = tiny()
+    lone = tmp_path / "lone"
+    shutil.copytree(Path(whole.dataset) / "train", lone / "train")
+    shutil.copytree(Path(whole.dataset) / "train", lone / "test")
+    shutil.copy(Path(whole.dataset) / "classes.csv", lone)
+    alone = replace(whole, dataset=str(lone))
+    bound = replace(alone, method="balanced_bound", hyper={"split": "val"})
+    groups = replace(alone, method="medoe", hyper={"shares": [0.9999]})
+    for bad, message in (
+        (bound, "labels of the split 'val'; .*lone has train, test"),
+        (groups, "would have no classes: shares="),
+    ):
+        for train_it in (
+            lambda e: fit(e, runs=tmp_path / "none"),
+            lambda e: fit_all([alone, e], jobs=1, runs=tmp_path / "none"),
+        ):
+            with pytest.raises(UserError, match=message):
+                train_it(bad)
+            assert not list((tmp_path / "none").glob("*/experiment.json"))
+
+
+def test_experiments_that_differ_in_the_seed_only_are_checked_once(tiny):
     kinds = ({}, {"method": "blv"}, {"method": "blv", "hyper": {"sigma": 4}}, {"data_options": {"images": 3}})
     settings = train._settings(tiny(seed=seed, **kind) for kind in kinds for seed in range(3))
-    assert [(e.method, e.hyper) for e in settings] == [("ce", {}), ("blv", {}), ("blv", {"sigma": 4})]
+    assert [(e.method, e.hyper) for e in settings] == [("ce", {}), ("blv", {}), ("blv", {"sigma": 4}), ("ce", {})]
+    some = [tiny(labelled_images=3, ema_decay=0.5, seed=seed) for seed in range(3)]
+    assert [e.seed for e in train._settings(some)] == [0, 1, 2], "it draws which images have labels"
     state = torch.get_rng_state()
-    train._refuse_bad_options(settings[1])
+    train._refuse_bad_options(settings[1], None)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are none of its business"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ltseg_core.config import UserError, canonical, choose, option_names
-from ltseg_core.losses import LOSSES, build_loss
+from ltseg_core.losses import LOSSES, build_loss, check_counts
 from ltseg_core.methods import clan, disalign, medoe, region_rebalance, two_stage
 from ltseg_core.methods.base import Method, PixelCriterion, Stage
 from ltseg_core.models import SegmentationNetwork
@@ -62,10 +62,11 @@ def start_and_options(name: str, hyper: Mapping[str, Any]) -> tuple[str | None, 
 def build_method(name: str, network: SegmentationNetwork, counts: ClassCounts, hyper: Mapping[str, Any]) -> list[Stage]:
     """The stages of a method for this network and these class counts.
 
-    Raises UserError for an unknown method or hyper-parameter, one of the wrong type or out of range, and for a
-    network whose classes are not those of the counts.
+    Raises UserError for an unknown method or hyper-parameter, one of the wrong type or out of range, for counts that
+    are no ClassCounts or all zero, and for a network whose classes are not theirs.
     """
     name = choose("method", name, METHODS)
+    check_counts(counts)
     if network.classifier.out_channels != counts.num_classes:
         raise UserError(f"the network has {network.classifier.out_channels} classes, the counts {counts.num_classes}")
     return METHODS[name].build(network, counts, **start_and_options(name, hyper)[1])

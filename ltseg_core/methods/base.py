@@ -42,6 +42,7 @@ class Stage:
     split:     of the data set, whose labelled images it learns from
     loss:      (network, criterion, image, target) -> scalar, a cheaper way to criterion(network(image), target); not
                together with `align`, which needs the outputs
+    criterion_lr: learning rate of the criterion's parameters over that of the decoder
     align:     what it learns from images without labels beside their pseudo-labels; its parameters are trained and
                dropped as the criterion's
     """
@@ -55,6 +56,7 @@ class Stage:
     sampling: Callable[[Tensor], Tensor] | None = None
     split: str = "train"
     loss: Callable[[Any, Any, Tensor, Tensor], Tensor] | None = None
+    criterion_lr: float = 1.0
     align: Alignment | None = None
 
 

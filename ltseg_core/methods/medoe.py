@@ -31,6 +31,7 @@ from ltseg_core.losses import (
     _require,
     _wide,
     build_loss,
+    check_labels,
     class_sizes,
     cross_entropy,
     mean_over_valid,
@@ -44,6 +45,7 @@ from ltseg_core.stats import HEAD_SHARE, TAIL_SHARE, ClassCounts
 Sets = Literal["overlap", "disjoint", "disjoint_all", "all"]
 Rule = Literal["average", "group_average", "argmax", "threshold", "head"]
 Learned = Literal["moe_mean", "moe_weighted", "moe_logits", "moe_gate"]
+Select = Literal["class", "expert"]
 SETS, RULES, LEARNED = get_args(Sets), get_args(Rule), get_args(Learned)
 
 
@@ -65,6 +67,7 @@ def build(
     l2_pixels: Literal["valid", "own"] = "valid",
     kl: Literal["batch", "pixel", "none"] = "batch",
     ensemble: Learned | Rule = "moe_mean",
+    select: Select = "class",
     ensemble_share: float = 0.1,
     initial_weight: float = 1.0,
     threshold: float = 0.3,
@@ -91,6 +94,9 @@ def build(
     kl:       what p_i^k of Eq. 4 is, restricted to S_i and renormalised, as is q, the pixel share of class k: the
               mean of p_i over Omega_i ("batch"), or that of each "pixel", averaged. The latter penalises confidence
     ensemble: of `LearnedEnsemble` (trained) or `SimpleEnsemble` (one stage only)
+    select:   what the ensemble is trained towards, y_se of Eq. 9: the label of the "class", as in the formula; or, as
+              Figure 3 can be read, the index of the "expert" to select, that of the label's group, which needs weights
+              of the experts: ensemble="moe_gate" (see ExpertSelection)
     ensemble_share: of the steps for the second stage; 1.6k / 81.6k = 0.02 in the paper, more here, as a few
               hundred steps in all would leave it no more than a handful. Differs: the paper adds them to those of the
               first stage, here every method has the same number of steps
@@ -115,9 +121,14 @@ def build(
         )
     if order == "head_first" and shared_gradient == "all":
         raise UserError("order='head_first' contradicts shared_gradient='all': the other experts find it frozen")
+    if select == "expert" and ensemble != "moe_gate":
+        raise UserError(
+            f"select='expert' trains weights of the experts: ensemble='moe_gate' has them, not {ensemble!r}"
+        )
     if alpha and l2 == kl == "none":
         raise UserError(f"l2='none' and kl='none' leave nothing for alpha={alpha:g} to weigh: set alpha to 0")
-    labels = label_sets(class_groups(counts, shares=shares, cuts=cuts), sets)
+    group = class_groups(counts, shares=shares, cuts=cuts)
+    labels = label_sets(group, sets)
     experts = Experts(network, len(labels), share=share, shared_gradient=shared_gradient)
     criterion = partial(
         ExpertCriterion,
@@ -134,9 +145,9 @@ def build(
     if ensemble in RULES:
         learner = Combined(experts, SimpleEnsemble(labels, ensemble, threshold))
     else:
-        combined = Combined(experts, LearnedEnsemble(len(labels), counts.num_classes, ensemble, initial_weight))
-        select = PixelCriterion(build_loss("ce", counts))
-        last = [Stage("ensemble", combined, select, share=ensemble_share, frozen=(experts,))]
+        learned = LearnedEnsemble(len(labels), counts.num_classes, ensemble, initial_weight)
+        towards = PixelCriterion(build_loss("ce", counts)) if select == "class" else ExpertSelection(learned, group)
+        last = [Stage("ensemble", Combined(experts, learned), towards, share=ensemble_share, frozen=(experts,))]
     left = 1 - sum(stage.share for stage in last)
     loss = in_turn if shared_gradient == "head" else None
     if order == "joint" or len(labels) == 1:
@@ -193,7 +204,11 @@ def label_sets(group: Tensor, sets: str = "overlap") -> Tensor:
 
 
 def expert_target(target: Tensor, labels: Tensor) -> Tensor:
-    """y where y is in S_i, IGNORE_INDEX elsewhere. target (B, H, W) integer, labels (C,) bool"""
+    """y where y is in S_i, IGNORE_INDEX elsewhere. target (B, H, W) integer, labels (C,) bool
+
+    Raises ValueError for labels that are none (`check_labels`).
+    """
+    check_labels(target, len(labels))
     return target.masked_fill(~per_pixel(labels, target), IGNORE_INDEX)
 
 
@@ -343,7 +358,7 @@ class ExpertCriterion(nn.Module):
         """L^i for z_i (B, C, H, W), y (B, H, W), S_i (C,) bool and the other classes (C - |S_i|,) int64."""
         target, logits = target.long(), _wide(logits)
         narrow = len(outside) > 0
-        own = expert_target(target, labels) if narrow else target
+        own = expert_target(target, labels)
         restricted = self.softmax == "own" and narrow
         if self.alpha and self.kl == "batch":
             loss, z, y = cross_entropy_and_mean(logits, own)
@@ -522,18 +537,49 @@ class LearnedEnsemble(nn.Module):
 
     def forward(self, experts: Sequence[Tensor]) -> Tensor:
         z = torch.stack([_wide(z) for z in experts])  # (K, B, C, H, W)
-        weight = self.weight.to(z.dtype)[:, None, :, None, None]
         if self.reading == "moe_logits":
-            return (weight * z).sum(0) + per_channel(self.bias, z)
+            return (self._rows(self.weight, z) * z).sum(0) + per_channel(self.bias, z)
         log_p = z.log_softmax(2)
-        scores = weight * log_p.exp() + self.bias.to(z.dtype)[:, None, :, None, None]
         if self.reading == "moe_gate":
-            return (scores.log_softmax(0) + log_p).logsumexp(0)
-        log_p = scores.log_softmax(2)
+            return (self.scores(log_p).log_softmax(0) + log_p).logsumexp(0)
+        log_p = self.scores(log_p).log_softmax(2)
         if self.reading == "moe_mean":
             return log_p.logsumexp(0) - math.log(len(experts))
-        size = weight.abs().clamp(min=torch.finfo(z.dtype).tiny)
+        size = self._rows(self.weight, z).abs().clamp(min=torch.finfo(z.dtype).tiny)
         return (log_p + size.log() - size.sum(0).log()).logsumexp(0)
+
+    def scores(self, log_p: Tensor) -> Tensor:
+        """w_i^j p_i^j + beta_i^j from log p of the experts, both (K, B, C, H, W)."""
+        return self._rows(self.weight, log_p) * log_p.exp() + self._rows(self.bias, log_p)
+
+    @staticmethod
+    def _rows(table: Tensor, maps: Tensor) -> Tensor:
+        return table.to(maps.dtype)[:, None, :, None, None]
+
+
+class ExpertSelection(nn.Module):
+    """-1/|Omega| sum_u log g_{i(y_u)}^{y_u}, g the weights of the experts in `moe_gate`, i(k) the group of class k.
+
+    A reading of Eq. 9 whose target is the expert to select. What it learns is almost given by the groups alone: a bias
+    that grows without limit lets each class have the probability of its own expert.
+    ensemble: a LearnedEnsemble, which stays the network's;  group: (C,) int64, see `class_groups`
+    """
+
+    group: Tensor
+
+    def __init__(self, ensemble: LearnedEnsemble, group: Tensor) -> None:
+        super().__init__()
+        self.of_network = (ensemble,)  # a tuple: no part of the criterion
+        self.register_buffer("group", group)
+
+    def forward(self, output: ExpertOutput, target: Tensor) -> Tensor:
+        check_labels(target, len(self.group))
+        target = target.long()
+        log_p = torch.stack([_wide(z).log_softmax(1) for z in output.experts])
+        log_gate = self.of_network[0].scores(log_p).log_softmax(0)  # (K, B, C, H, W)
+        own = per_channel(self.group, target.unsqueeze(1)).expand_as(log_gate[0]).unsqueeze(0)
+        of_own = log_gate.gather(0, own)[0]  # for every class, that of its own expert
+        return mean_over_valid(F.nll_loss(of_own, target, ignore_index=IGNORE_INDEX, reduction="none"), target)
 
 
 # --- the oracle ---

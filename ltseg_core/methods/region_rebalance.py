@@ -38,7 +38,8 @@ def build(
     prior: Literal["images", "pixels", "none"] = "images",
     region_scope: Literal["image", "batch"] = "image",
     resolution: Literal["features", "labels"] = "features",
-    head: Literal["linear", "hidden"] = "linear",
+    head: Literal["linear", "hidden", "shared"] = "linear",
+    head_lr: float = 1.0,
     average: Literal["batch", "image"] = "batch",
     components: bool = False,
     smoothing: float = 0.0,
@@ -55,7 +56,9 @@ def build(
     resolution:    "features" takes the labels to h x w by nearest neighbour (released code; loses small regions);
                    "labels" averages the features upsampled bilinearly to H x W, exactly, without storing them
     head:          "linear", or "hidden": D -> D, ReLU, dropout 0.1, D -> C. Differs: the released code has
-                   an output C + 1 for ignored and absent regions, and no such region is ever a target here
+                   an output C + 1 for ignored and absent regions, and no such region is ever a target here;
+                   "shared" is the pixel classifier itself, for which the paper can be read, though its figure shows two
+    head_lr:       learning rate of the branch over that of the decoder, > 0; the paper does not say
     average:       over all regions of the "batch", or over those of each "image" and then over images
     components:    every 8-connected component of a class in an image is a region of its own. They are found on
                    the host: the device is waited for in each step, and memory grows with their largest number in
@@ -66,6 +69,9 @@ def build(
     pixel_loss:    name of any pixel loss, with its own default hyper-parameters; "ce" in the paper
     Raises UserError for a value out of range and for options that contradict each other.
     """
+    _require("head_lr", head_lr, head_lr > 0, "> 0")
+    if head == "shared" and (frozen_branch or head_lr != 1):
+        raise UserError("head='shared' is the pixel classifier: leave out frozen_branch and head_lr")
     classes = counts.num_classes
     _require("weight", weight, weight >= 0, ">= 0")
     _require("smoothing", smoothing, 0 <= smoothing <= 1 - 1 / classes, f"in [0, 1 - 1/{classes}]")
@@ -79,7 +85,7 @@ def build(
         layers = [nn.Linear(depth, depth), nn.ReLU(), nn.Dropout(DROPOUT), *layers]
     criterion = RegionCriterion(
         build_loss(pixel_loss, counts),
-        nn.Sequential(*layers),
+        SharedHead(network.classifier) if head == "shared" else nn.Sequential(*layers),
         log_prior(counts, prior),
         weight=weight,
         stride=network.stride,
@@ -90,13 +96,26 @@ def build(
         smoothing=smoothing,
         auxiliary_weight=network.auxiliary_weight,
     )
-    return [Stage("region_rebalance", network, criterion, frozen=(criterion.head,) if frozen_branch else ())]
+    frozen = (criterion.head,) if frozen_branch else ()
+    return [Stage("region_rebalance", network, criterion, frozen=frozen, criterion_lr=head_lr)]
 
 
 def log_prior(counts: ClassCounts, prior: str) -> Tensor:
     """log( max(F_k, 1) / sum_j max(F_j, 1) ) of "images" or "pixels", or 0 for "none"; (C,) on the CPU."""
     sizes = class_sizes(counts, "pixel" if prior == "pixels" else "region")
     return torch.zeros_like(sizes) if prior == "none" else (sizes / sizes.sum()).log()
+
+
+class SharedHead(nn.Module):
+    """The pixel classifier, (N, D, h, w) -> (N, C, h, w), on means of features (..., D) -> (..., C)."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.of_network = (classifier,)  # a tuple: no part of the criterion
+
+    def forward(self, means: Tensor) -> Tensor:
+        logits: Tensor = self.of_network[0](means.flatten(0, -2)[:, :, None, None])
+        return logits.view(*means.shape[:-1], -1)
 
 
 class RegionCriterion(nn.Module):
@@ -134,9 +153,9 @@ class RegionCriterion(nn.Module):
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
         """Features (B, D, h, w), logits (B, C, H, W) and labels (B, H, W) -> scalar."""
+        pixel_loss = self.pixel(output, target)
         with torch.autocast(target.device.type, enabled=False):  # sums over a region need float32
-            region_loss = self.region_loss(_wide(output.features), target.long())
-        return self.pixel(output, target) + self.weight * region_loss
+            return pixel_loss + self.weight * self.region_loss(_wide(output.features), target.long())
 
     def region_loss(self, features: Tensor, target: Tensor) -> Tensor:
         """L_reg; 0 if there is no region."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltseg_core.config import IGNORE_INDEX, UserError, choose
-from ltseg_core.losses import Prior, _require, build_loss, class_sizes, one_hot, per_pixel, pixel_nll
+from ltseg_core.losses import Prior, _require, build_loss, check_labels, class_sizes, one_hot, per_pixel, pixel_nll
 from ltseg_core.methods.base import PixelCriterion, Stage, checked
 from ltseg_core.models import CosineClassifier, Output, SegmentationNetwork, padding, reinitialise
 from ltseg_core.stats import ClassCounts
@@ -414,7 +414,11 @@ def keep_rates(counts: ClassCounts, quantile: float = 0.0) -> Tensor:
 
 
 def mask_pixels(target: Tensor, keep: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """The labels with pixels of class k kept with probability keep_k (C,) and set to IGNORE_INDEX otherwise."""
+    """The labels with pixels of class k kept with probability keep_k (C,) and set to IGNORE_INDEX otherwise.
+
+    Raises ValueError for labels that are none (`check_labels`).
+    """
+    check_labels(target, len(keep))
     drawn = torch.rand(target.shape, generator=generator, device=target.device)
     return target.masked_fill(drawn >= per_pixel(keep.to(drawn.dtype), target.long()), IGNORE_INDEX)
 
