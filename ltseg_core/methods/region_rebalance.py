@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltseg_core.config import IGNORE_INDEX, UserError
-from ltseg_core.losses import _require, _wide, build_loss, class_sizes
+from ltseg_core.losses import _require, _wide, build_loss, check_labels, class_sizes
 from ltseg_core.methods.base import PixelCriterion, Stage, checked
 from ltseg_core.models import Output, SegmentationNetwork, padding
 from ltseg_core.stats import ClassCounts
@@ -153,9 +153,10 @@ class RegionCriterion(nn.Module):
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
         """Features (B, D, h, w), logits (B, C, H, W) and labels (B, H, W) -> scalar."""
-        pixel_loss = self.pixel(output, target)
+        check_labels(target, len(self.log_prior))
         with torch.autocast(target.device.type, enabled=False):  # sums over a region need float32
-            return pixel_loss + self.weight * self.region_loss(_wide(output.features), target.long())
+            region_loss = self.region_loss(_wide(output.features), target.long())
+        return self.pixel(output, target) + self.weight * region_loss
 
     def region_loss(self, features: Tensor, target: Tensor) -> Tensor:
         """L_reg; 0 if there is no region."""
