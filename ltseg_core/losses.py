@@ -77,7 +77,6 @@ def check_labels(target: Tensor, classes: int) -> None:
 
 def pixel_nll(logits: Tensor, target: Tensor) -> Tensor:
     """-log p_y of every pixel, (B, H, W) in float32 or float64; exactly 0 at ignored pixels."""
-    check_labels(target, logits.shape[1])
     return F.cross_entropy(_wide(logits), target.long(), ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -87,7 +86,8 @@ def mean_over_valid(values: Tensor, target: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """-1/|valid| sum_valid log p_y."""
+    """-1/|valid| sum_valid log p_y. Raises ValueError for labels that are none (`check_labels`)."""
+    check_labels(target, logits.shape[1])
     return mean_over_valid(pixel_nll(logits, target), target)
 
 

@@ -356,9 +356,9 @@ class ExpertCriterion(nn.Module):
 
     def expert_loss(self, logits: Tensor, target: Tensor, labels: Tensor, outside: Tensor) -> Tensor:
         """L^i for z_i (B, C, H, W), y (B, H, W), S_i (C,) bool and the other classes (C - |S_i|,) int64."""
-        check_labels(target, len(labels))
         target, logits = target.long(), _wide(logits)
-        narrow = len(outside) > 0
+        if not (narrow := len(outside) > 0):
+            check_labels(target, len(labels))  # as expert_target does
         own = expert_target(target, labels) if narrow else target
         restricted = self.softmax == "own" and narrow
         if self.alpha and self.kl == "batch":

@@ -324,6 +324,7 @@ class BalancedSampling(nn.Module):
         self.num_classes, self.samples = num_classes, samples
 
     def forward(self, output: Output, target: Tensor) -> Tensor:
+        check_labels(target, self.num_classes)
         nll, target = pixel_nll(output.logits, target), target.long()
         bins = target.clamp(max=self.num_classes).flatten()  # the last bin for ignored pixels
         size = target.new_zeros(self.num_classes + 1).scatter_add_(0, bins, torch.ones_like(bins))[:-1]
